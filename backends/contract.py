@@ -1,0 +1,321 @@
+"""The whole adapter contract: what every backend can be asked, and what it must say about itself.
+
+Bytes are ``int`` with the unit in the name. Data are frozen dataclasses that survive a trip through JSON, so that a
+plan can be armed in another process and its record read back.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+
+
+class Capability(enum.Enum):
+    """What a backend can do, ever. The docstring of each is its definition; every adapter states each of them."""
+
+    def __new__(cls, value: str, definition: str) -> Capability:
+        """Attach the definition to the member."""
+        member = object.__new__(cls)
+        member._value_ = value
+        member.__doc__ = definition
+        return member
+
+    MEMORY_LIMIT = "memory_limit", "The runtime enforces a cap on its device memory, and the cap can be proved."
+    RELEASE_CACHED = "release_cached", "Memory the runtime keeps for reuse can be given back to the system."
+    EXACT_MEMORY_READING = "exact_memory_reading", "The runtime reports what its device memory holds, to the byte."
+    DEVICE_OOM = "device_oom", "A genuine out-of-memory error of the device can be brought about."
+    HOST_OOM = "host_oom", "A genuine out-of-memory error of the host can be brought about in a child process."
+    FALLBACK = "fallback", "Another backend can take over without touching the failed device."
+    DEVICE_ERROR = "device_error", "A genuine device error other than out of memory can be brought about."
+    DEVICE_MEMORY_OF_OTHERS = "device_memory_of_others", "Another process can take the device's memory away."
+
+
+@dataclass(frozen=True)
+class Support:
+    """One adapter's statement about one capability: yes, or no with the reason and a link to the evidence."""
+
+    yes: bool
+    reason: str = ""
+    link: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.yes and not (self.reason and self.link):
+            raise ValueError("a capability that is not supported needs a reason and a link")
+
+
+YES = Support(True)
+
+
+def no(reason: str, link: str) -> Support:
+    """State that a capability is not supported."""
+    return Support(False, reason, link)
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can run on this machine now, or why not. ``runtime`` names library and version."""
+
+    available: bool
+    reason: str = ""
+    runtime: str = ""
+
+
+@dataclass(frozen=True)
+class MemoryReading:
+    """One reading of a memory, all in bytes.
+
+    ``limit_bytes`` is what may be used (a cap), ``total_bytes`` what is there; pressure is a share of the smaller.
+    ``scope`` says whose use it is: ``"process"`` or ``"device"``. ``exact`` is False for an estimate; ``source``
+    says how it was made.
+    """
+
+    used_bytes: int
+    reserved_bytes: int
+    limit_bytes: int | None
+    total_bytes: int
+    scope: str
+    exact: bool
+    source: str
+
+    @property
+    def fraction(self) -> float:
+        """Used share of what may be used, 0.0 to 1.0 and above."""
+        bound = self.total_bytes if self.limit_bytes is None else min(self.limit_bytes, self.total_bytes)
+        return self.used_bytes / bound if bound else 1.0
+
+
+class Site(enum.Enum):
+    """Where a fault strikes. A *point* is one opportunity for it, counted whether or not the fault is armed there."""
+
+    #: Others hold the device's memory: less than ``min_bytes`` of it are free. A point is a model run on the device.
+    DEVICE_MEMORY = "device_memory"
+    #: The runtime's own cache holds it, in pieces smaller than ``min_bytes``. A point is a model run.
+    DEVICE_CACHE = "device_cache"
+    #: Unreachable objects (a reference cycle) hold it until the garbage collector runs. A point is a model run.
+    DEVICE_GARBAGE = "device_garbage"
+    #: The host refuses requests of ``min_bytes`` and more (RLIMIT_DATA). A point is a model load, in a child process.
+    HOST_MEMORY = "host_memory"
+    #: The device reports an error that is not out of memory. A point is a model run.
+    DEVICE_ERROR = "device_error"
+
+
+class Provenance(enum.Enum):
+    """How a fault was brought about."""
+
+    EXHAUSTED = "exhausted"  # there really was no memory
+    CAPPED = "capped"  # a native limit refused
+    INTERPOSED = "interposed"  # the Nth allocation under the runtime was refused
+    DEVICE = "device"  # a sticky device fault
+    KILLED = "killed"
+
+
+@dataclass(frozen=True)
+class FaultPlan:
+    """Which points of a site fail.
+
+    The ``nth`` point (from 1) and the following, ``times`` in all (None: from there on, until disarmed). ``min_bytes``
+    is the smallest request that is refused. ``process`` and ``thread`` narrow the plan where a site has several
+    (None: any). After ``disarm_after_s`` seconds the plan disarms itself.
+    """
+
+    site: Site
+    nth: int = 1
+    times: int | None = 1
+    min_bytes: int = 1
+    process: str | None = None
+    thread: str | None = None
+    disarm_after_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.nth < 1 or (self.times is not None and self.times < 1) or self.min_bytes < 1:
+            raise ValueError(f"nth {self.nth}, times {self.times}, min_bytes {self.min_bytes}: each must be at least 1")
+        if not self.disarm_after_s > 0:
+            raise ValueError(f"disarm_after_s is {self.disarm_after_s}: expected more than 0 seconds")
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the plan as plain data."""
+        return dataclasses.asdict(self) | {"site": self.site.value}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> FaultPlan:
+        """Take a plan back from plain data. Raises ValueError or TypeError for what is not a plan."""
+        return cls(**{**data, "site": Site(data["site"])})
+
+
+@dataclass(frozen=True)
+class FaultRecord:
+    """What became of a plan: points seen, faults that fired, and faults that fired but that the runtime absorbed."""
+
+    points_seen: int
+    faults_fired: int
+    absorbed: int
+    provenance: Provenance | None
+    detail: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the record as plain data."""
+        return dataclasses.asdict(self) | {"provenance": self.provenance.value if self.provenance else None}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> FaultRecord:
+        """Take a record back from plain data."""
+        provenance = data["provenance"]
+        return cls(**{**data, "provenance": Provenance(provenance) if provenance else None})
+
+
+@dataclass(frozen=True)
+class Health:
+    """What the health probe found: it allocated, computed and compared on the device."""
+
+    ok: bool
+    detail: str
+    max_abs_error: float
+    latency_s: float
+
+
+class BackendError(Exception):
+    """A backend was asked for something it cannot do. The message says what was wrong, and what to do."""
+
+
+class Unsupported(BackendError):
+    """The backend states that it does not have this capability."""
+
+
+class LimitNotEnforced(BackendError):
+    """A memory limit was set, but the proof that followed got past it."""
+
+
+class ModelError(BackendError):
+    """A model file cannot be used. The message says what was found, and what was expected."""
+
+
+class Allocation(abc.ABC):
+    """Real, touched memory on the device."""
+
+    size_bytes: int
+
+    @abc.abstractmethod
+    def free(self) -> None:
+        """Give the memory back to the runtime. A second call does nothing."""
+
+
+class Model(abc.ABC):
+    """A loaded acoustic model."""
+
+    device: str
+    window_frames: int
+    chunk_frames: int
+    vocabulary: int
+
+    @abc.abstractmethod
+    def run(self, features: FloatArray) -> FloatArray:
+        """Run float32 [batch, window_frames, 80] and return float32 [batch, chunk_frames / 2, vocabulary].
+
+        Raises the runtime's own error when there is no memory: see ``backends.errors.classify``.
+        """
+
+    @abc.abstractmethod
+    def working_set_bytes(self, batch: int) -> int:
+        """Say how many bytes of device memory a run of this batch needs at its peak, weights excluded."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Unload the model."""
+
+
+class ArmedFault(abc.ABC):
+    """A fault plan that is armed. As a context manager it disarms on the way out."""
+
+    plan: FaultPlan
+
+    @abc.abstractmethod
+    def record(self) -> FaultRecord:
+        """Read points seen and faults fired so far."""
+
+    @abc.abstractmethod
+    def disarm(self) -> None:
+        """Disarm the plan and give back what it held. A second call does nothing."""
+
+    def __enter__(self) -> ArmedFault:
+        """Nothing to do: the plan is armed already."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Disarm."""
+        self.disarm()
+
+
+class Backend(abc.ABC):
+    """One inference runtime on one kind of device."""
+
+    name: ClassVar[str]
+    capabilities: ClassVar[Mapping[Capability, Support]]
+    #: Where a model loaded here runs: "cuda:0", "cpu", …
+    device: str
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuse an adapter that leaves a capability unstated."""
+        super().__init_subclass__(**kwargs)
+        stated = getattr(cls, "capabilities", None)
+        if stated is not None and (missing := [c.value for c in Capability if c not in stated]):
+            raise TypeError(f"{cls.__name__} does not state these capabilities: {', '.join(missing)}")
+
+    @classmethod
+    @abc.abstractmethod
+    def probe(cls) -> Availability:
+        """Say whether the backend can run here, or why not. Never raises for a missing runtime."""
+
+    @abc.abstractmethod
+    def memory(self) -> MemoryReading:
+        """Read the device's memory."""
+
+    @abc.abstractmethod
+    def allocate(self, size_bytes: int) -> Allocation:
+        """Take real device memory and touch it. Raises the runtime's own error when there is none."""
+
+    @abc.abstractmethod
+    def release_cached(self) -> int:
+        """Give cached memory back to the system; return by how many bytes this process's resident memory fell."""
+
+    @abc.abstractmethod
+    def limit_memory(self, limit_bytes: int) -> None:
+        """Cap the device memory for what is loaded and allocated from here on, and prove it.
+
+        Raises ValueError for a limit that makes no sense and LimitNotEnforced when the proof gets past the cap.
+        """
+
+    @abc.abstractmethod
+    def load(self, path: Path) -> Model:
+        """Load an acoustic model. Raises ModelError, or the runtime's own error when there is no memory."""
+
+    @abc.abstractmethod
+    def arm(self, plan: FaultPlan) -> ArmedFault:
+        """Arm a fault. Raises Unsupported where the backend states that it cannot bring it about."""
+
+    @abc.abstractmethod
+    def healthy(self) -> Health:
+        """Allocate, compute and compare on the device. Never raises."""
+
+    @abc.abstractmethod
+    def fallback(self) -> Backend:
+        """Give the backend that takes over, built without touching the failed device."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Give everything back. The backend cannot be used afterwards."""
+
+    def require(self, capability: Capability) -> None:
+        """Raise Unsupported unless the backend states this capability."""
+        support = self.capabilities[capability]
+        if not support.yes:
+            raise Unsupported(f"{self.name} cannot: {capability.value}: {support.reason} ({support.link})")

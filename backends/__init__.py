@@ -1,1 +1,135 @@
-"""What a runtime can do: one public file with a PEP 723 header is one backend."""
+"""What a runtime can do: one public file with a PEP 723 header is one backend.
+
+The headers are read, not imported: what is declared is known before anything is installed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+if TYPE_CHECKING:
+    from backends.contract import Availability, Backend
+
+FOLDER = Path(__file__).resolve().parent
+#: The pattern of PEP 723, narrowed to the one kind of block that is read here.
+_SCRIPT_BLOCK = re.compile(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$")
+_KEYS = ("backend", "environments", "tags", "download-mb", "package-index")
+
+
+class BadHeader(ValueError):
+    """A backend's header cannot be used. The message says which file, and what was expected."""
+
+
+class UnknownBackend(ValueError):
+    """No backend has this name. The message gives the nearest names, and all of them."""
+
+    def __init__(self, name: str, known: tuple[str, ...]) -> None:
+        near = " or ".join(difflib.get_close_matches(name, known, cutoff=0.4))
+        hint = f": did you mean {near}?" if near else "."
+        super().__init__(f"unknown backend {name!r}{hint} Backends: {', '.join(known) or 'none'}")
+        self.name = name
+
+
+@dataclass(frozen=True)
+class Declared:
+    """One backend, as its header declares it. ``package_index`` is where its wheels are, None for the default."""
+
+    name: str
+    module: str
+    environments: tuple[str, ...]
+    tags: tuple[str, ...]
+    dependencies: tuple[str, ...]
+    requires_python: str
+    download_mb: int
+    package_index: str | None = None
+
+    @property
+    def minimum_python(self) -> tuple[int, ...]:
+        """The oldest Python that it runs on, such as (3, 11)."""
+        return tuple(int(part) for part in self.requires_python.removeprefix(">=").split("."))
+
+
+def declared(folder: Path = FOLDER) -> tuple[Declared, ...]:
+    """Read what every backend declares, in the order of their file names. Raises BadHeader."""
+    paths = (path for path in sorted(folder.glob("*.py")) if not path.name.startswith("_"))
+    return tuple(found for path in paths if (found := _read(path)) is not None)
+
+
+def create(name: str) -> type[Backend]:
+    """Import the backend of this name and give its class. Raises UnknownBackend, or ImportError for its runtime."""
+    known = {found.name: found for found in declared()}
+    if name not in known:
+        raise UnknownBackend(name, tuple(known))
+    return cast("type[Backend]", importlib.import_module(known[name].module).BACKEND)
+
+
+def available() -> list[tuple[Declared, Availability]]:
+    """Probe every declared backend: whether it can run here now, or why not."""
+    from backends.contract import Availability
+
+    def probe(name: str) -> Availability:
+        try:
+            return create(name).probe()
+        except ImportError as error:
+            return Availability(False, f"it cannot be imported here: {error}")
+
+    return [(found, probe(found.name)) for found in declared()]
+
+
+def _read(path: Path) -> Declared | None:
+    """Read one header; None where the file is not a backend."""
+    import tomllib  # not at the top: on a Python too old to have it, the doctor still has to load and say so
+
+    block = _SCRIPT_BLOCK.search(path.read_text(encoding="utf-8"))
+    if block is None:
+        return None
+    lines = block["content"].splitlines()
+    try:
+        header = tomllib.loads("\n".join(line.removeprefix("#").removeprefix(" ") for line in lines))
+    except tomllib.TOMLDecodeError as error:
+        raise BadHeader(f"{path.name}: the header is not TOML: {error}") from error
+    table = header.get("tool", {}).get("plimsoll")
+    return None if table is None else _declared(path, header, table)
+
+
+def _declared(path: Path, header: dict[str, Any], table: dict[str, Any]) -> Declared:
+    """Check a header and give it a type."""
+    for key in table:
+        if key not in _KEYS:
+            near = " or ".join(difflib.get_close_matches(key, _KEYS, n=1)) or ", ".join(_KEYS)
+            raise BadHeader(f"{path.name}: unknown key {key!r} in [tool.plimsoll]: expected {near}")
+    found = Declared(
+        name=_value(path, table, "backend", str),
+        module=f"backends.{path.stem}",
+        environments=_strings(path, table, "environments"),
+        tags=_strings(path, table, "tags"),
+        dependencies=_strings(path, header, "dependencies"),
+        requires_python=_value(path, header, "requires-python", str),
+        download_mb=_value(path, table, "download-mb", int),
+        package_index=_value(path, table, "package-index", str) if "package-index" in table else None,
+    )
+    if found.name.replace("-", "_") != path.stem:
+        raise BadHeader(f"{path.name}: it declares backend {found.name!r}: expected {path.stem.replace('_', '-')!r}")
+    if not re.fullmatch(r">=\d+\.\d+", found.requires_python):
+        raise BadHeader(f"{path.name}: requires-python is {found.requires_python!r}: expected such as '>=3.11'")
+    return found
+
+
+def _value(path: Path, table: dict[str, Any], key: str, kind: type) -> Any:
+    """Take a required value of this type."""
+    if not isinstance(value := table.get(key), kind):
+        raise BadHeader(f"{path.name}: {key} is {value!r}: expected {kind.__name__}")
+    return value
+
+
+def _strings(path: Path, table: dict[str, Any], key: str) -> tuple[str, ...]:
+    """Take a required, non-empty list of strings."""
+    value = _value(path, table, key, list)
+    if not value or not all(isinstance(item, str) for item in value):
+        raise BadHeader(f"{path.name}: {key} is {value!r}: expected a list of strings")
+    return tuple(value)

@@ -99,7 +99,7 @@ class Site(enum.Enum):
 
     #: Others hold the device's memory: less than ``min_bytes`` of it are free. A point is a model run on the device.
     DEVICE_MEMORY = "device_memory"
-    #: The runtime's own cache holds it, in pieces smaller than ``min_bytes``. A point is a model run.
+    #: The runtime's own cache holds it, in regions of 256 KiB. A point is a model run.
     DEVICE_CACHE = "device_cache"
     #: Unreachable objects (a reference cycle) hold it until the garbage collector runs. A point is a model run.
     DEVICE_GARBAGE = "device_garbage"

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 DATA = Path(__file__).parent / "data"
 DEFAULT_MODEL = DATA / "acoustic.onnx"
+BLOCK_MODEL = DATA / "block.onnx"
+PROBE_MODEL = DATA / "probe.onnx"
 
 #: The audio that the model was made for.
 SAMPLE_RATE_HZ = 16_000
@@ -94,7 +96,8 @@ def weights(spec: ModelSpec) -> dict[str, npt.NDArray[np.float32]]:
     random = np.random.RandomState(spec.seed)
 
     def normal(*shape: int, fan_in: int) -> npt.NDArray[np.float32]:
-        return (random.standard_normal(shape) / np.sqrt(fan_in)).astype(np.float32)
+        made: npt.NDArray[np.float32] = (random.standard_normal(shape) / np.sqrt(fan_in)).astype(np.float32)
+        return made
 
     c, d = spec.channels, spec.width
     made: dict[str, npt.NDArray[np.float32]] = {
@@ -229,19 +232,37 @@ def block_to_onnx() -> Any:
     )
 
 
+def probe_to_onnx() -> Any:
+    """Lower the health probe to ONNX: ``x`` float32 [n, n] in, ``y = x @ x`` float32 [n, n] out."""
+    from onnx import TensorProto, helper
+
+    return helper.make_model(
+        helper.make_graph(
+            [helper.make_node("MatMul", ["x", "x"], ["y"])],
+            "plimsoll-probe",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", "n"])],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", "n"])],
+        ),
+        opset_imports=[helper.make_opsetid("", 17)],
+        ir_version=9,
+        producer_name="plimsoll",
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write an acoustic model (or, with ``--block``, the block maker) as an ONNX file."""
+    """Write an acoustic model (or, with ``--block`` or ``--probe``, what allocates and probes) as an ONNX file."""
     default = ModelSpec()
     parser = argparse.ArgumentParser(prog="python -m backends.model", description=main.__doc__)
     parser.add_argument("out", type=Path, help="the ONNX file to write")
     parser.add_argument("--block", action="store_true", help="write the block maker that allocations are made with")
+    parser.add_argument("--probe", action="store_true", help="write the health probe")
     for field in dataclasses.fields(ModelSpec):
         option = "--" + field.name.replace("_", "-")
         parser.add_argument(option, type=int, default=getattr(default, field.name), metavar="N")
     options = parser.parse_args(argv)
     try:
         spec = ModelSpec(**{field.name: getattr(options, field.name) for field in dataclasses.fields(ModelSpec)})
-        model = block_to_onnx() if options.block else to_onnx(spec)
+        model = block_to_onnx() if options.block else probe_to_onnx() if options.probe else to_onnx(spec)
         options.out.write_bytes(model.SerializeToString(deterministic=True))
     except ImportError as error:
         parser.error(f"writing a model needs the onnx package ({error}): pip install onnx")

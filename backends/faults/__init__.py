@@ -1,0 +1,1 @@
+"""How a real failure is brought about: plans and their counters, ballast, limits."""

@@ -1,0 +1,498 @@
+"""What the ONNX Runtime backends share: sessions, allocations, the model, the faults, the health probe.
+
+A variant says how a session is made for its device, how its memory is capped, and which arena is to be shrunk.
+"""
+
+from __future__ import annotations
+
+import abc
+import json
+import resource
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import numpy as np
+
+from backends.contract import (
+    Allocation,
+    ArmedFault,
+    Availability,
+    Backend,
+    Capability,
+    FaultPlan,
+    FloatArray,
+    Health,
+    LimitNotEnforced,
+    MemoryReading,
+    Model,
+    ModelError,
+    Provenance,
+    Site,
+)
+from backends.errors import classify
+from backends.faults import ballast, limits
+from backends.faults.plan import CountingFault
+from backends.host import available_bytes, host_memory
+from backends.model import BLOCK_MODEL, HOP_SAMPLES, N_MELS, PROBE_MODEL, ModelSpec
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+T = TypeVar("T")
+MIB = 1 << 20
+#: Faults hold the device's memory in pieces of this size: smaller than any tensor of a window that matters.
+_CACHE_PIECE_BYTES = 256 << 10
+_RSS_SOURCE = Path("/proc/self/statm")
+_PAGE_BYTES = resource.getpagesize()
+
+
+def resident_bytes() -> int:
+    """Read this process's resident memory."""
+    return int(_RSS_SOURCE.read_text().split()[1]) * _PAGE_BYTES
+
+
+def heap_trim() -> None:
+    """Give the C library's free heap memory back to the system, where it can (glibc, psutil 7.2)."""
+    import psutil
+
+    trim = getattr(psutil, "heap_trim", None)
+    if trim is not None:
+        trim()
+
+
+class _Block(Allocation):
+    """A bound output: it lives in the arena for as long as the runtime's value is referred to."""
+
+    def __init__(self, backend: OrtBackend, value: Any, size_bytes: int) -> None:
+        self._backend: OrtBackend | None = backend
+        self._value = value
+        self.size_bytes = size_bytes
+
+    def free(self) -> None:
+        backend, self._backend = self._backend, None
+        if backend is not None:
+            self._value = None
+            backend._held(-self.size_bytes)
+
+    def __del__(self) -> None:
+        # Freed by the garbage collector: the account has to follow.
+        self.free()
+
+
+class OrtModel(Model):
+    """An acoustic model in an ONNX Runtime session."""
+
+    def __init__(self, backend: OrtBackend, session: ort.InferenceSession, path: Path) -> None:
+        """Check the session's inputs and outputs. Raises ModelError."""
+        self._backend = backend
+        self._session: ort.InferenceSession | None = session
+        self.device = backend.device
+        inputs, outputs = session.get_inputs(), session.get_outputs()
+        found = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
+        expected = f"one input of type tensor(float) and shape [batch, frames, {N_MELS}] with a free batch"
+        shape = inputs[0].shape if len(inputs) == 1 else []
+        if len(shape) != 3 or inputs[0].type != "tensor(float)" or shape[2] != N_MELS or isinstance(shape[0], int):
+            raise ModelError(f"{path} has the inputs {found}: expected {expected}")
+        spec = _spec_of(session, path)
+        frames = shape[1] if isinstance(shape[1], int) else spec.window_frames
+        if frames != spec.window_frames:
+            raise ModelError(
+                f"{path} takes windows of {frames} frames: expected {spec.window_frames} "
+                f"({spec.context_frames} of left context and {spec.chunk_frames} of chunk; "
+                "a model says otherwise in its metadata, key plimsoll.spec)"
+            )
+        rows = outputs[0].shape
+        if len(outputs) != 1 or len(rows) != 3 or rows[1] != frames // 2 or not isinstance(rows[2], int):
+            outs = ", ".join(f"{o.name} {o.type} {o.shape}" for o in outputs)
+            raise ModelError(f"{path} has the outputs {outs}: expected one of shape [batch, {frames // 2}, vocabulary]")
+        self._input, self._output = inputs[0].name, outputs[0].name
+        self.window_frames, self.chunk_frames, self.vocabulary = frames, spec.chunk_frames, rows[2]
+        self.context_samples = spec.context_samples
+        self._path = path
+
+    def run(self, features: FloatArray) -> FloatArray:
+        """Run float32 [batch, window_frames, 80]."""
+        session = self._session
+        if session is None:
+            raise ModelError(f"{self._path} was unloaded: load it again")
+        expected = (self.window_frames, N_MELS)
+        if features.ndim != 3 or features.shape[1:] != expected or features.dtype != np.float32 or not len(features):
+            raise ModelError(
+                f"features are {features.dtype} {list(features.shape)}: expected float32 [batch, {expected[0]}, {N_MELS}]"
+            )
+
+        def once() -> FloatArray:
+            scores: FloatArray = session.run([self._output], {self._input: features})[0]
+            # A copy: it must not keep the runtime's buffer.
+            return np.array(scores[:, -(self.chunk_frames // 2) :])
+
+        return self._backend._run_point(once, self.working_set_bytes(len(features)))
+
+    def working_set_bytes(self, batch: int) -> int:
+        """Say what the runtime's own profile measured, extended in proportion to the batch."""
+        fixed, per_item = _working_set(self._path)
+        return fixed + per_item * batch
+
+    def close(self) -> None:
+        """Unload the model."""
+        if self._session is not None:
+            self._session = None
+            self._backend._unloaded()
+
+
+def _spec_of(session: ort.InferenceSession, path: Path) -> ModelSpec:
+    """Read the model's own shape from its metadata; a model without it has the default windows."""
+    text = session.get_modelmeta().custom_metadata_map.get("plimsoll.spec")
+    if text is None:
+        return ModelSpec()
+    try:
+        return ModelSpec(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"{path} has unusable metadata plimsoll.spec: {error}") from error
+
+
+_working_sets: dict[tuple[str, int, int], tuple[int, int]] = {}
+
+
+def _working_set(path: Path) -> tuple[int, int]:
+    """Measure (fixed bytes, bytes for each item) of a run, from the runtime's profile of a throwaway session."""
+    import onnxruntime as ort
+
+    stat = path.stat()
+    key = (str(path), stat.st_mtime_ns, stat.st_size)
+    if key in _working_sets:
+        return _working_sets[key]
+    with tempfile.TemporaryDirectory(prefix="plimsoll-") as folder:
+        options = quiet_options()
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        entry = session.get_inputs()[0]
+        frames = entry.shape[1] if isinstance(entry.shape[1], int) else _spec_of(session, path).window_frames
+        batches = (1, 3)
+        for batch in batches:
+            session.run(None, {entry.name: np.zeros((batch, frames, N_MELS), np.float32)})
+        events = json.loads(Path(session.end_profiling()).read_text())
+    peaks: list[int] = []
+    peak = 0
+    for event in sorted(events, key=lambda e: float(e.get("ts", 0)) + float(e.get("dur", 0))):
+        peak = max(peak, int(event.get("args", {}).get("mem_in_use_peak", 0)))
+        if event["name"] == "model_run":
+            peaks.append(peak)
+    if len(peaks) != len(batches) or not peaks[0]:
+        raise ModelError(f"ONNX Runtime {ort.__version__} gives no memory figures in its profile: 1.28 or newer is needed")
+    per_item = max(0, (peaks[1] - peaks[0]) // (batches[1] - batches[0]))
+    _working_sets[key] = (max(0, peaks[0] - per_item), per_item)
+    return _working_sets[key]
+
+
+def quiet_options() -> Any:
+    """Make the options that every session has."""
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    # The runtime writes 400 bytes to standard error for each out-of-memory error, which is raised as well.
+    options.log_severity_level = 4
+    # One thread: requests repeat exactly from run to run, and so do results.
+    options.intra_op_num_threads = 1
+    options.inter_op_num_threads = 1
+    # No planned block: each tensor is a request of its own, and memory that is too fragmented for one plan still serves.
+    options.enable_mem_pattern = False
+    return options
+
+
+class OrtBackend(Backend):
+    """The part of a backend that every ONNX Runtime execution provider shares."""
+
+    provider: ClassVar[str]
+    package: ClassVar[str]
+    #: What the shrinkage option calls this device's arena.
+    arena: ClassVar[str]
+
+    def __init__(self) -> None:
+        """Make a backend without a memory limit."""
+        self._limit_bytes: int | None = None
+        self._block_session: ort.InferenceSession | None = None
+        self._probe_session: ort.InferenceSession | None = None
+        self._held_bytes = 0
+        self._working_set_bytes = 0
+        self._models = 0
+        #: Shared with the fallback, so that a plan reaches it too.
+        self._faults: list[CountingFault] = []
+        self._owns_faults = True
+        self._fault_ballast: dict[int, list[Allocation]] = {}
+        self._lock = threading.RLock()
+
+    # What a variant says.
+
+    @abc.abstractmethod
+    def _options(self) -> Any:
+        """Make session options for this device, under its limit."""
+
+    @abc.abstractmethod
+    def _register_limit(self, limit_bytes: int) -> None:
+        """Have sessions made from here on share an arena with this cap."""
+
+    # What they share.
+
+    @classmethod
+    def probe(cls) -> Availability:
+        """Import the runtime and look for the execution provider."""
+        try:
+            import onnxruntime as ort
+        except Exception as error:
+            return Availability(False, f"{cls.package} cannot be imported ({error}): pip install {cls.package}")
+        if cls.provider not in ort.get_available_providers():
+            return Availability(False, f"{cls.package} {ort.__version__} has no {cls.provider}")
+        return Availability(True, runtime=f"{cls.package} {version(cls.package)}")
+
+    def _session(self, path: Path) -> ort.InferenceSession:
+        import onnxruntime as ort
+
+        session = ort.InferenceSession(str(path), self._options(), providers=[self.provider])
+        if session.get_providers()[0] != self.provider:
+            raise ModelError(f"the runtime gave {session.get_providers()} where {self.provider} was asked for")
+        return session
+
+    def memory(self) -> MemoryReading:
+        """Estimate: what is held through bound outputs, plus the working set of the last run. It says so."""
+        total = host_memory().total_bytes
+        used = self._held_bytes + (self._working_set_bytes if self._models else 0)
+        source = "estimate: bound outputs held, plus the profiled working set of the last run"
+        return MemoryReading(used, used, self._limit_bytes, total, "process", False, source)
+
+    def allocate(self, size_bytes: int) -> Allocation:
+        """Have the runtime fill a block of ones in its own arena, and keep it."""
+        if size_bytes < 4:
+            raise ValueError(f"size_bytes is {size_bytes}: expected at least 4")
+        with self._lock:
+            if self._block_session is None:
+                self._block_session = self._session(BLOCK_MODEL)
+            binding = self._block_session.io_binding()
+            binding.bind_cpu_input("shape", np.array([size_bytes // 4], np.int64))
+            binding.bind_output("block", "cpu")
+            self._block_session.run_with_iobinding(binding)
+            value = binding.get_outputs()[0]
+            self._held(size_bytes)
+            return _Block(self, value, size_bytes)
+
+    def _held(self, change_bytes: int) -> None:
+        with self._lock:
+            self._held_bytes += change_bytes
+
+    def _unloaded(self) -> None:
+        with self._lock:
+            self._models -= 1
+
+    def release_cached(self) -> int:
+        """Shrink the arena and trim the heap."""
+        before = resident_bytes()
+        with self._lock:
+            if self._block_session is not None:
+                self._shrink(self._block_session)
+            self._working_set_bytes = 0
+        heap_trim()
+        return max(0, before - resident_bytes())
+
+    def _shrink(self, session: ort.InferenceSession) -> None:
+        import onnxruntime as ort
+
+        # The output is bound to memory of our own: an output in the arena would keep a region of it from being freed.
+        binding = session.io_binding()
+        binding.bind_cpu_input("shape", np.array([1], np.int64))
+        binding.bind_ortvalue_output("block", ort.OrtValue.ortvalue_from_numpy(np.zeros(1, np.float32)))
+        options = ort.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", self.arena)
+        session.run_with_iobinding(binding, options)
+
+    def limit_memory(self, limit_bytes: int) -> None:
+        """Register an arena with this cap, and prove it: half of it can be had, and more than all of it cannot."""
+        self.require(Capability.MEMORY_LIMIT)
+        if isinstance(limit_bytes, bool) or not isinstance(limit_bytes, int):
+            raise ValueError(f"limit_bytes is {limit_bytes!r}: expected a whole number of bytes")
+        most = available_bytes() // 2
+        if not MIB <= limit_bytes <= most:
+            raise ValueError(
+                f"limit_bytes is {limit_bytes}: expected at least {MIB} (1 MiB) and at most {most} "
+                "(half of the host memory that is available now)"
+            )
+        with self._lock:
+            self._register_limit(limit_bytes)
+            # Sessions made from here on read it.
+            before, self._limit_bytes = self._limit_bytes, limit_bytes
+            self._block_session = self._probe_session = None
+            try:
+                self._prove_limit(limit_bytes)
+            except BaseException:
+                self._limit_bytes, self._block_session = before, None
+                raise
+
+    def _prove_limit(self, limit_bytes: int) -> None:
+        self.allocate(limit_bytes // 2 // 4 * 4).free()
+        self.release_cached()
+        try:
+            self.allocate(limit_bytes + MIB).free()
+        except Exception as error:
+            if not classify(error).is_oom:
+                raise
+            return
+        raise LimitNotEnforced(
+            f"the runtime took a limit of {limit_bytes} bytes and then allocated {limit_bytes + MIB}: "
+            "use a larger limit, or another version of the runtime"
+        )
+
+    def load(self, path: Path) -> Model:
+        """Load an ONNX file. Raises ModelError for what is not a usable acoustic model."""
+        self._prepare(path)
+        for fault in self._faults_at(Site.HOST_MEMORY):
+            if fault.strike():
+                with limits.no_host_memory(fault.plan.min_bytes):
+                    return self._watched(lambda: self._load(path), [fault])
+        return self._load(path)
+
+    @staticmethod
+    def _prepare(path: Path) -> None:
+        if not path.is_file():
+            raise ModelError(f"there is no model file {path}: expected an ONNX file")
+        # Measured beside the load, so that a run needs no second session at a time when memory is short.
+        try:
+            _working_set(path)
+        except Exception as error:
+            if classify(error).is_oom or isinstance(error, ModelError | OSError):
+                raise
+            raise ModelError(f"{path} does not load: {type(error).__name__}: {str(error)[:300]}") from error
+
+    def _load(self, path: Path) -> Model:
+        try:
+            model = OrtModel(self, self._session(path), path)
+        except Exception as error:
+            if classify(error).is_oom or isinstance(error, ModelError):
+                raise
+            raise ModelError(f"{path} does not load: {type(error).__name__}: {str(error)[:300]}") from error
+        with self._lock:
+            self._models += 1
+            if self._block_session is None:
+                # Shrinking needs it, and it has to be there before memory is short.
+                self._block_session = self._session(BLOCK_MODEL)
+        return model
+
+    # Faults.
+
+    def arm(self, plan: FaultPlan) -> ArmedFault:
+        """Arm a plan for the models that this backend, or its fallback, loads and runs in this process."""
+        needs = {
+            Site.HOST_MEMORY: Capability.HOST_OOM,
+            Site.DEVICE_ERROR: Capability.DEVICE_ERROR,
+        }.get(plan.site, Capability.DEVICE_OOM)
+        self.require(needs)
+        if plan.site is Site.HOST_MEMORY:
+            limits.require_expendable()
+        elif self._limit_bytes is None:
+            raise ValueError(f"{plan.site.value} needs a device with a memory limit: call limit_memory first")
+        fault = CountingFault(plan, Provenance.CAPPED, lambda: self._lift(fault))
+        with self._lock:
+            self._faults.append(fault)
+        return fault
+
+    def _faults_at(self, *sites: Site) -> list[CountingFault]:
+        return [fault for fault in tuple(self._faults) if fault.plan.site in sites]
+
+    def _lift(self, fault: CountingFault) -> None:
+        with self._lock:
+            if fault in self._faults:
+                self._faults.remove(fault)
+            ballast.free(self._fault_ballast.pop(id(fault), []))
+
+    def _run_point(self, once: Callable[[], FloatArray], working_set_bytes: int) -> FloatArray:
+        """Run the model once; at a point where a plan strikes, with its fault in place."""
+        self._working_set_bytes = working_set_bytes
+        if not self._faults or self._limit_bytes is None:
+            return once()
+        struck = [
+            fault
+            for fault in self._faults_at(Site.DEVICE_MEMORY, Site.DEVICE_CACHE, Site.DEVICE_GARBAGE)
+            if fault.strike()
+        ]
+        for fault in struck:
+            self._impose(fault)
+        try:
+            result = self._watched(once, struck)
+        finally:
+            for fault in struck:
+                if fault.exhausted:
+                    with self._lock:
+                        ballast.free(self._fault_ballast.pop(id(fault), []))
+        return result
+
+    @staticmethod
+    def _watched(act: Callable[[], T], struck: list[CountingFault]) -> T:
+        try:
+            result = act()
+        except Exception as error:
+            for fault in struck:
+                fault.fired(f"{type(error).__name__}: {str(error)[-160:]}")
+            raise
+        for fault in struck:
+            fault.absorbed()
+        return result
+
+    def _impose(self, fault: CountingFault) -> None:
+        """Bring the fault about: have the device's memory held by what the site says."""
+        with self._lock:
+            site = fault.plan.site
+            if site is Site.DEVICE_MEMORY:
+                if id(fault) not in self._fault_ballast:
+                    self.release_cached()
+                    held = ballast.fill(self.allocate)
+                    self._fault_ballast[id(fault)] = ballast.leave(held, fault.plan.min_bytes)
+                    self.release_cached()
+                return
+            self.release_cached()
+            pieces = ballast.fill(self.allocate, (_CACHE_PIECE_BYTES,))
+            if site is Site.DEVICE_CACHE:
+                # Free again, and kept by the arena in regions of that size: nothing larger fits until they are released.
+                ballast.free(pieces)
+            else:
+                _make_garbage(pieces)
+
+    def healthy(self) -> Health:
+        """Allocate 1 MiB, multiply a matrix, and compare with NumPy in double precision."""
+        began_s = time.perf_counter()
+        try:
+            with self._lock:
+                self.allocate(MIB).free()
+                if self._probe_session is None:
+                    self._probe_session = self._session(PROBE_MODEL)
+                x = np.random.RandomState(7).standard_normal((256, 256)).astype(np.float32)
+                y = self._probe_session.run(None, {"x": x})[0]
+            wide = x.astype(np.float64)
+            error = float(np.max(np.abs(y - wide @ wide)))
+            ok = error < 1e-3
+            detail = f"256 × 256 product, largest error {error:.1e}"
+        except Exception as failure:
+            ok, error, detail = False, float("inf"), f"{type(failure).__name__}: {str(failure)[-200:]}"
+        return Health(ok, detail, error, time.perf_counter() - began_s)
+
+    def close(self) -> None:
+        """Disarm every fault and drop the sessions."""
+        if self._owns_faults:
+            for fault in tuple(self._faults):
+                fault.disarm()
+        with self._lock:
+            self._block_session = self._probe_session = None
+
+
+def _make_garbage(pieces: list[Allocation]) -> None:
+    """Leave the pieces to an unreachable cycle that only a full collection finds."""
+    import gc
+
+    cycle: list[Any] = [pieces]
+    cycle.append(cycle)
+    # Old objects: a young collection, which any allocation can trigger, would find the cycle at once.
+    gc.collect()
+

@@ -1,0 +1,131 @@
+"""Ballast: real memory held so that others find none.
+
+On a device it is made of the backend's own allocations. On the host it is a neighbour process,
+
+    python -m backends.faults.ballast SIZE_BYTES SECONDS
+
+that touches its memory, volunteers to the OOM killer, and ends with its parent or at its time limit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from backends.contract import Allocation
+from backends.errors import classify
+
+MIB = 1 << 20
+_PIECES = (16 * MIB, 4 * MIB, MIB, 256 << 10, 64 << 10, 4 << 10)
+
+
+def fill(allocate: Callable[[int], Allocation], pieces_bytes: tuple[int, ...] = _PIECES) -> list[Allocation]:
+    """Take all the device's memory, in ever smaller pieces, until the runtime refuses the smallest.
+
+    Raises what ``allocate`` raises when it is not an out-of-memory error.
+    """
+    held: list[Allocation] = []
+    for piece in pieces_bytes:
+        while True:
+            try:
+                held.append(allocate(piece))
+            except Exception as error:
+                if not classify(error).is_oom:
+                    free(held)
+                    raise
+                break
+    return held
+
+
+def leave(held: list[Allocation], free_bytes: int) -> list[Allocation]:
+    """Free pieces of a full device, largest that fit first, until almost ``free_bytes`` (never more) are free again."""
+    kept: list[Allocation] = []
+    left = free_bytes
+    for piece in sorted(held, key=lambda each: each.size_bytes, reverse=True):
+        if piece.size_bytes < left:
+            left -= piece.size_bytes
+            piece.free()
+        else:
+            kept.append(piece)
+    return kept
+
+
+def free(held: list[Allocation]) -> None:
+    """Free every piece."""
+    while held:
+        held.pop().free()
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent ends (Linux only; elsewhere it does nothing)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def volunteer_to_oom_killer() -> None:
+    """Make this process the OOM killer's first choice."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+class HostBallast:
+    """Real host memory in a neighbour process. As a context manager it is gone on the way out."""
+
+    def __init__(self, size_bytes: int, limit_s: float) -> None:
+        """Start the neighbour and wait until its memory is touched. Raises RuntimeError when it cannot hold it."""
+        self.size_bytes = size_bytes
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "backends.faults.ballast", str(size_bytes), str(limit_s)],
+            cwd=Path(__file__).parents[2],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+        )
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() != b"held\n":
+            status = self._process.wait()
+            raise RuntimeError(f"the ballast process could not hold {size_bytes} bytes (exit status {status})")
+
+    @property
+    def process_id(self) -> int:
+        """The neighbour's process id."""
+        return self._process.pid
+
+    def close(self) -> None:
+        """End the neighbour. A second call does nothing."""
+        self._process.kill()
+        self._process.wait()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+
+    def __enter__(self) -> HostBallast:
+        """Nothing to do: the memory is held already."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the neighbour."""
+        self.close()
+
+
+def main(argv: list[str]) -> int:
+    """Hold SIZE_BYTES for at most SECONDS."""
+    size_bytes, limit_s = int(argv[0]), float(argv[1])
+    parent = os.getppid()
+    die_with_parent()
+    volunteer_to_oom_killer()
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    held = bytearray(b"\xa5") * size_bytes
+    print("held", flush=True)
+    # The parent may have ended before it could be watched.
+    while os.getppid() == parent and held:
+        signal.sigtimedwait([signal.SIGTERM], 1.0)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

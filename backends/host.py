@@ -1,0 +1,77 @@
+"""How much memory the host has for this process, and whose limit binds first. Linux only."""
+
+from __future__ import annotations
+
+import resource
+from pathlib import Path
+
+from backends.contract import MemoryReading
+
+KIB = 1024
+_MEMINFO = Path("/proc/meminfo")
+_STATUS = Path("/proc/self/status")
+
+
+def _proc_kib(path: Path, *keys: str) -> tuple[int, ...]:
+    """Read ``Key:  N kB`` lines as bytes."""
+    found = dict.fromkeys(keys, 0)
+    for line in path.read_text().splitlines():
+        key, _, rest = line.partition(":")
+        if key in found:
+            found[key] = int(rest.split()[0]) * KIB
+    return tuple(found[key] for key in keys)
+
+
+def data_bytes() -> int:
+    """Read this process's data segment and private writable maps (``VmData``): what RLIMIT_DATA is held against."""
+    return _proc_kib(_STATUS, "VmData")[0]
+
+
+def available_bytes() -> int:
+    """Read what the machine could still give without swapping (``MemAvailable``), or the cgroup where that is less."""
+    (machine,) = _proc_kib(_MEMINFO, "MemAvailable")
+    cgroup = _cgroup()
+    return machine if cgroup is None else min(machine, max(0, cgroup[1] - cgroup[0]))
+
+
+def _cgroup() -> tuple[int, int] | None:
+    """Read (used, limit) of this process's memory cgroup, v2 or v1; None where there is no limit."""
+    try:
+        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return None
+    for _, controllers, path in groups:
+        if controllers == "":
+            folder, limit_name, used_name = Path("/sys/fs/cgroup" + path), "memory.max", "memory.current"
+            inactive = "inactive_file"
+        elif "memory" in controllers.split(","):
+            folder, limit_name = Path("/sys/fs/cgroup/memory" + path), "memory.limit_in_bytes"
+            used_name, inactive = "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        try:
+            limit_text = (folder / limit_name).read_text().strip()
+            used = int((folder / used_name).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        if limit_text == "max" or int(limit_text) >= 1 << 60:
+            continue
+        # The page cache of files is given back before anything is killed: it is not use.
+        return max(0, used - int(stat.get(inactive, 0))), int(limit_text)
+    return None
+
+
+def host_memory() -> MemoryReading:
+    """Read the host memory whose limit is nearest: the process's RLIMIT_DATA, its cgroup, or the machine."""
+    total, available = _proc_kib(_MEMINFO, "MemTotal", "MemAvailable")
+    readings = [MemoryReading(total - available, total - available, None, total, "device", True, "MemAvailable")]
+    soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    if soft != resource.RLIM_INFINITY:
+        used = data_bytes()
+        readings.append(MemoryReading(used, used, soft, total, "process", True, "VmData under RLIMIT_DATA"))
+    cgroup = _cgroup()
+    if cgroup is not None:
+        used, limit = cgroup
+        readings.append(MemoryReading(used, used, limit, total, "device", True, "memory cgroup"))
+    return max(readings, key=lambda reading: reading.fraction)

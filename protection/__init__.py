@@ -1,0 +1,1 @@
+"""The subject that ships: a dictation pipeline that loses nothing when memory runs out."""

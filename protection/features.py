@@ -1,0 +1,44 @@
+"""Log-mel frames from samples: what the acoustic model takes in."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import numpy.typing as npt
+
+from backends.model import FRAME_SAMPLES, HOP_SAMPLES, N_MELS, SAMPLE_RATE_HZ
+
+_FFT = 512
+
+
+@functools.cache
+def _filterbank() -> npt.NDArray[np.float32]:
+    """Triangular filters on the HTK mel scale, float32 [257, 80]."""
+
+    def to_mel(hz: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return 2595.0 * np.log10(1.0 + hz / 700.0)
+
+    edges_mel = np.linspace(0.0, to_mel(np.array([SAMPLE_RATE_HZ / 2.0]))[0], N_MELS + 2)
+    edges_hz = 700.0 * (10.0 ** (edges_mel / 2595.0) - 1.0)
+    bins_hz = np.linspace(0.0, SAMPLE_RATE_HZ / 2.0, _FFT // 2 + 1)[:, None]
+    rising = (bins_hz - edges_hz[:-2]) / (edges_hz[1:-1] - edges_hz[:-2])
+    falling = (edges_hz[2:] - bins_hz) / (edges_hz[2:] - edges_hz[1:-1])
+    return np.maximum(0.0, np.minimum(rising, falling)).astype(np.float32)
+
+
+@functools.cache
+def _window() -> npt.NDArray[np.float32]:
+    return np.hanning(FRAME_SAMPLES).astype(np.float32)
+
+
+def log_mel(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Turn float32 [samples] at 16 kHz into float32 [frames, 80]: natural log of mel energies, 10 ms a frame.
+
+    Frame k is made of the 400 samples from k × 160 on, so 400 samples give one frame.
+    """
+    frames = np.lib.stride_tricks.sliding_window_view(samples, FRAME_SAMPLES)[::HOP_SAMPLES]
+    spectrum = np.fft.rfft(frames * _window(), _FFT)
+    power = (spectrum.real**2 + spectrum.imag**2).astype(np.float32)
+    energies: npt.NDArray[np.float32] = np.log(np.maximum(power @ _filterbank(), np.float32(1e-10)))
+    return energies.astype(np.float32, copy=False)

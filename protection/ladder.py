@@ -1,0 +1,157 @@
+"""The ladder: what is tried, in which order, when memory runs out, and when to give up.
+
+A rung is acted on and the work tried again *outside* the except block: inside it the traceback keeps the frames, and
+so the buffers, of the failed attempt alive, and the retry fails for want of them. Attempts and time are bounded.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from backends.errors import ErrorKind, classify
+from protection.events import EventKind, Events
+from protection.metrics import Metrics
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One recovery strategy. ``not_now`` gives the reason why it does not apply, or None."""
+
+    kind: EventKind
+    act: Callable[[], str]
+    meaning: str
+    not_now: Callable[[], str | None] = lambda: None
+    #: Whether it may be acted on again for as long as it applies.
+    repeats: bool = False
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A failed attempt, without the exception: its frames would keep memory alive."""
+
+    kind: ErrorKind
+    text: str
+
+
+class RecoveryFailed(Exception):
+    """No rung helped. Nothing accepted is lost."""
+
+
+class NotOurs(Exception):
+    """The work failed for a reason that no rung can help: neither memory nor the device."""
+
+
+@dataclass(frozen=True)
+class _Done(Generic[T]):
+    value: T
+
+
+class Ladder:
+    """The rungs of one pipeline, climbed by the thread that does its work."""
+
+    def __init__(
+        self, rungs: list[Rung], events: Events, metrics: Metrics, *, max_attempts: int, deadline_s: float, errors_in_a_row: int
+    ) -> None:
+        """Climb ``rungs`` in order, with at most ``max_attempts`` tries in ``deadline_s`` seconds a recovery."""
+        self._rungs = rungs
+        self._events = events
+        self._metrics = metrics
+        self._max_attempts = max_attempts
+        self._deadline_s = deadline_s
+        self._errors_in_a_row = errors_in_a_row
+        self._device_errors = 0
+
+    def run(self, work: Callable[[], T]) -> T:
+        """Do the work; climb until it succeeds. Raises RecoveryFailed when nothing helps, NotOurs for other errors."""
+        outcome = self._attempt(work)
+        if isinstance(outcome, Failure):
+            return self._recover(work, outcome)
+        self._device_errors = 0
+        return outcome.value
+
+    def _attempt(self, work: Callable[[], T]) -> _Done[T] | Failure:
+        try:
+            return _Done(work())
+        except Exception as error:
+            return Failure(classify(error), f"{type(error).__name__}: {str(error)[-300:].strip() or 'no text'}")
+
+    def _note(self, failure: Failure) -> None:
+        if failure.kind.is_oom:
+            self._metrics.add("oom_total")
+            self._metrics.add(f"oom_{failure.kind.value}")
+        elif failure.kind.is_device_error:
+            self._device_errors += 1
+            self._metrics.add("device_errors_total")
+
+    def _recover(self, work: Callable[[], T], failure: Failure) -> T:
+        if failure.kind is ErrorKind.OTHER:
+            raise NotOurs(failure.text)
+        self._note(failure)
+        self._metrics.add("recoveries_attempted")
+        kind = EventKind.OOM_DETECTED if failure.kind.is_oom else EventKind.DEVICE_ERROR
+        what = {
+            ErrorKind.DEVICE_OOM: "the device ran out of memory",
+            ErrorKind.HOST_OOM: "the host ran out of memory",
+        }.get(failure.kind, "the device reported an error")
+        self._events.tell(
+            kind, f"{what} ({failure.text})", "recovery begins", "nothing is lost: the recording goes on and answers follow"
+        )
+        began_s = time.perf_counter()
+        attempts = 0
+        for rung in self._rungs:
+            while rung.not_now() is None and not self._skips(rung):
+                if attempts >= self._max_attempts or time.perf_counter() - began_s > self._deadline_s:
+                    return self._give_up(failure, attempts, began_s)
+                attempts += 1
+                outcome = self._climb(rung, work)
+                if not isinstance(outcome, Failure):
+                    latency_s = time.perf_counter() - began_s
+                    self._device_errors = 0
+                    self._metrics.add("recoveries_succeeded")
+                    self._metrics.took("recovery", latency_s)
+                    self._events.tell(
+                        EventKind.RECOVERED,
+                        f"the work succeeded after {rung.kind.value} ({attempts} attempts, {latency_s * 1e3:.0f} ms)",
+                        "going on",
+                        rung.meaning,
+                    )
+                    return outcome.value
+                failure = outcome
+                if failure.kind is ErrorKind.OTHER:
+                    raise NotOurs(failure.text)
+                if not rung.repeats:
+                    break
+        return self._give_up(failure, attempts, began_s)
+
+    def _skips(self, rung: Rung) -> bool:
+        """So many device errors in a row mean the fallback, whatever else there would be to try."""
+        return self._device_errors >= self._errors_in_a_row and rung.kind is not EventKind.CPU_FALLBACK
+
+    def _climb(self, rung: Rung, work: Callable[[], T]) -> _Done[T] | Failure:
+        """Act on one rung and try again. A failure of the rung itself is a failure like any other."""
+        name = rung.kind.value
+        began_s = time.perf_counter()
+        self._metrics.add(f"{name}_attempts")
+        acted = self._attempt(rung.act)
+        if isinstance(acted, Failure):
+            self._note(acted)
+            self._events.tell(rung.kind, f"{name} itself failed ({acted.text})", "the next rung is tried", rung.meaning)
+            self._metrics.took(name, time.perf_counter() - began_s)
+            return acted
+        self._events.tell(rung.kind, "memory or the device failed", acted.value, rung.meaning)
+        outcome = self._attempt(work)
+        self._metrics.took(name, time.perf_counter() - began_s)
+        if isinstance(outcome, Failure):
+            self._note(outcome)
+        else:
+            self._metrics.add(f"{name}_successes")
+        return outcome
+
+    def _give_up(self, failure: Failure, attempts: int, began_s: float) -> T:
+        self._metrics.took("recovery", time.perf_counter() - began_s)
+        raise RecoveryFailed(f"{failure.text}, after {attempts} attempts in {time.perf_counter() - began_s:.1f} s")

@@ -1,0 +1,588 @@
+"""The protected dictation pipeline: audio in, token scores out, and nothing accepted is ever lost.
+
+One thread does the work (inference, recovery, results); one watches memory. ``feed`` only writes to the spool, so a
+recording goes on whatever the device does.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+import backends
+from backends.contract import Backend, FloatArray, MemoryReading
+from backends.errors import classify
+from backends.host import host_memory
+from backends.model import SAMPLE_RATE_HZ
+from protection.engine import Engine, InProcessEngine
+from protection.events import Event, EventKind, Events
+from protection.features import log_mel
+from protection.ladder import Ladder, NotOurs, RecoveryFailed, Rung
+from protection.metrics import Metrics
+from protection.policy import Policy
+from protection.pressure import Below, Level, Pressure
+from protection.spool import AudioError, Result, Spool, SpoolError
+
+_log = logging.getLogger("plimsoll.protection")
+
+#: Two outputs are the same answer when every score agrees this far and every argmax is equal.
+SCORE_TOLERANCE = 1e-3
+_RETENTION_EVERY_S = 60.0
+_STORAGE_BACKOFF_S = (0.1, 5.0)
+_SAFE = "nothing is lost: everything accepted is in the spool"
+
+
+class PipelineClosed(Exception):
+    """The pipeline was shut down. What was accepted is in the spool; a new pipeline on the same folder resumes."""
+
+
+class NotRecording(Exception):
+    """Audio was fed while the recording is stopped: call ``toggle`` first."""
+
+
+class Context(Protocol):
+    """What ``factory`` is called with: the qualification's SubjectContext has this shape."""
+
+    @property
+    def workdir(self) -> Path:
+        """Folder of the spool; with unfinished work in it, the work is resumed."""
+
+    @property
+    def backend(self) -> Backend | None:
+        """The backend to use, or None for the first that is available."""
+
+    @property
+    def model_path(self) -> Path:
+        """The acoustic model."""
+
+    @property
+    def policy(self) -> Mapping[str, Any]:
+        """Options of ``Policy`` by name."""
+
+
+def factory(context: Context) -> DictationPipeline:
+    """Make the pipeline that ships: the subject of the qualification, unless another is named."""
+    backend = context.backend
+    if backend is None:
+        for declared, availability in backends.available():
+            if availability.available:
+                backend = backends.create(declared.name)()
+                break
+        else:
+            raise RuntimeError("no backend is available: install one of its runtimes")
+    policy = Policy.from_options(context.policy)
+    return DictationPipeline(context.workdir, InProcessEngine(backend, context.model_path), policy)
+
+
+class DictationPipeline:
+    """Takes float32 mono audio at 16 kHz and answers every second of it with token scores."""
+
+    def __init__(
+        self,
+        folder: Path,
+        engine: Engine,
+        policy: Policy | None = None,
+        *,
+        sample_rate_hz: int = SAMPLE_RATE_HZ,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> None:
+        """Open the spool in ``folder`` and start working on what is unanswered in it. Owns the engine from here on.
+
+        Raises AudioError for another sample rate than the model's, SpoolBusy, SpoolError.
+        """
+        self._engine = engine
+        self._policy = policy or Policy()
+        self._events = Events(on_event)
+        self._metrics = Metrics()
+        try:
+            if sample_rate_hz != SAMPLE_RATE_HZ:
+                raise AudioError(
+                    f"the sample rate is {sample_rate_hz} Hz, the model needs {SAMPLE_RATE_HZ}: resample the audio first"
+                )
+            self._spool = Spool(folder, sample_rate_hz, self._policy.spool_limit_bytes)
+        except BaseException:
+            engine.close()
+            raise
+        self._recording = True
+        self._flush_to = 0
+        self._closing = False
+        self._shut_down: str | None = None
+        self._batch = self._policy.max_batch
+        self._good_batches = 0
+        self._failures: dict[int, int] = {}
+        self._device_pressure, self._host_pressure = Pressure(self._policy), Pressure(self._policy)
+        self._may_return = Below(self._policy.return_below, self._policy.return_after_s)
+        self._return_wanted = False
+        self._relieved: dict[str, Level] = {"device": Level.NORMAL, "host": Level.NORMAL}
+        self._wake = threading.Condition()
+        self._ladder = self._make_ladder()
+        self._worker = threading.Thread(target=self._work, name="plimsoll-work", daemon=True)
+        self._watcher = threading.Thread(target=self._watch, name="plimsoll-pressure", daemon=True)
+        self._worker.start()
+        self._watcher.start()
+
+    # The subject protocol.
+
+    def feed(self, start: int, block: npt.NDArray[np.float32]) -> int:
+        """Take float32 [samples] from position ``start``; return how many samples are durably accepted.
+
+        Idempotent by position. Raises AudioError for what is not such a block, NotRecording, PipelineClosed,
+        SpoolFull, SpoolError; then nothing of the block was accepted.
+        """
+        self._check_open()
+        if not self._recording:
+            raise NotRecording("the recording is stopped: call toggle() to start it before feeding audio")
+        accepted = self._spool.append(_checked_start(start), _checked(block))
+        with self._wake:
+            self._wake.notify_all()
+        return accepted
+
+    def drain(self, timeout_s: float) -> None:
+        """Wait until every accepted sample is answered. Raises TimeoutError, PipelineClosed."""
+        deadline_s = time.monotonic() + timeout_s
+        with self._wake:
+            target = self._spool.accepted
+            self._flush_to = max(self._flush_to, target)
+            self._wake.notify_all()
+            while self._spool.answered < target:
+                self._check_open()
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0:
+                    raise TimeoutError(
+                        f"{target - self._spool.answered} of {target} samples are unanswered after {timeout_s} s"
+                    )
+                self._wake.wait(min(left_s, 0.5))
+
+    def results(self) -> Sequence[Result]:
+        """Give every result so far, by position."""
+        return self._spool.results()
+
+    def toggle(self) -> bool:
+        """Stop or start the recording; say whether it records now. Stopping answers what was accepted."""
+        self._check_open()
+        with self._wake:
+            self._recording = not self._recording
+            if not self._recording:
+                self._flush_to = max(self._flush_to, self._spool.accepted)
+            self._wake.notify_all()
+            return self._recording
+
+    def device(self) -> str:
+        """Say where the next result would be made."""
+        return self._engine.device
+
+    def process_ids(self) -> Sequence[int]:
+        """Give the processes that belong to the pipeline."""
+        return self._engine.process_ids()
+
+    def events(self) -> Sequence[Event]:
+        """Give what the user was told, in order."""
+        return self._events.all()
+
+    def metrics(self) -> Mapping[str, float]:
+        """Give counters, and latencies in seconds."""
+        return self._metrics.all()
+
+    def shutdown(self, reason: str) -> None:
+        """End in order: what is accepted stays in the spool. A second call does nothing."""
+        with self._wake:
+            if self._shut_down is None:
+                self._shut_down = reason
+            self._wake.notify_all()
+        for thread in (self._worker, self._watcher):
+            if thread is not threading.current_thread():
+                thread.join(self._policy.shutdown_deadline_s)
+
+    def close(self) -> None:
+        """Give everything back. What is unanswered is answered by the next pipeline on the same folder."""
+        if self._closing:
+            return
+        self._closing = True
+        self.shutdown("closed")
+        if self._worker.is_alive():
+            # Still inside the runtime: the engine cannot be taken away from under it.
+            _log.warning("the work did not end within %s s: its model stays loaded", self._policy.shutdown_deadline_s)
+        else:
+            self._engine.close()
+        self._spool.close()
+
+    def quiesce(self) -> None:
+        """Answer everything and give cached memory back: the state in which memory is compared."""
+        self.drain(self._policy.recovery_deadline_s)
+        with self._wake:
+            self._engine.release_cached()
+
+    def recovered(self) -> FloatArray:
+        """Give the audio that a user could get back by hand: float32 from the first sample still kept."""
+        return self._spool.read(self._spool.kept_from, self._spool.accepted)
+
+    def export_wav(self, path: Path) -> int:
+        """Write what was accepted as a 16-bit WAV; return the number of samples."""
+        return self._spool.export_wav(path)
+
+    @staticmethod
+    def equivalent(a: FloatArray | None, b: FloatArray | None) -> bool:
+        """Whether two outputs are the same answer: scores within 1e-3, every argmax equal."""
+        if a is None or b is None:
+            return a is b
+        return bool(
+            a.shape == b.shape
+            and np.max(np.abs(a - b), initial=0.0) <= SCORE_TOLERANCE
+            and np.array_equal(a.argmax(-1), b.argmax(-1))
+        )
+
+    def __enter__(self) -> DictationPipeline:
+        """Nothing to do: the pipeline runs already."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+    # Work.
+
+    def _check_open(self) -> None:
+        if self._shut_down is not None:
+            raise PipelineClosed(
+                f"the pipeline was shut down ({self._shut_down}); the {self._spool.accepted} samples accepted are in "
+                f"{self._spool.path}: open a new pipeline on that folder to go on"
+            )
+
+    def _work(self) -> None:
+        backoff_s = _STORAGE_BACKOFF_S[0]
+        forget_at_s = 0.0
+        while self._shut_down is None:
+            try:
+                self._relieve()
+                self._consider_return()
+                chunks = self._next_chunks()
+                if chunks:
+                    self._spool.answer(self._compute(chunks))
+                    with self._wake:
+                        self._wake.notify_all()
+                if self._policy.retention_s is not None and time.monotonic() >= forget_at_s:
+                    self._spool.forget(self._policy.retention_s, self._engine.spec.context_samples)
+                    forget_at_s = time.monotonic() + _RETENTION_EVERY_S
+                backoff_s = _STORAGE_BACKOFF_S[0]
+            except RecoveryFailed as error:
+                self._emergency(f"no rung of the ladder helped: {error}")
+            except Exception as error:
+                # The spool, or host memory outside the engine. Nothing is answered twice: answering is one transaction.
+                self._events.tell(
+                    EventKind.STORAGE_FAILED,
+                    f"{type(error).__name__}: {error}",
+                    f"trying again in {backoff_s:.1f} s",
+                    "what was accepted is safe; answers are late",
+                )
+                if classify(error).is_oom:
+                    self._metrics.add("oom_total")
+                with self._wake:
+                    self._wake.wait(backoff_s)
+                backoff_s = min(backoff_s * 2, _STORAGE_BACKOFF_S[1])
+                continue
+            with self._wake:
+                if self._shut_down is None and not self._has_work():
+                    self._wake.wait(self._policy.pressure_interval_s)
+
+    def _has_work(self) -> bool:
+        unanswered = self._spool.accepted - self._spool.answered
+        return unanswered >= self._engine.spec.chunk_samples or self._flush_to > self._spool.answered
+
+    def _next_chunks(self) -> list[tuple[int, int]]:
+        """Cut what is unanswered into chunks; a short one only where the recording was stopped or drained."""
+        size = self._engine.spec.chunk_samples
+        start, accepted, flush_to = self._spool.answered, self._spool.accepted, self._flush_to
+        chunks: list[tuple[int, int]] = []
+        while len(chunks) < self._policy.max_batch:
+            # A chunk does not reach over the place where the recording was stopped.
+            stop = min(start + size, flush_to if flush_to > start else accepted)
+            if stop - start < size and stop != flush_to:
+                break
+            chunks.append((start, stop))
+            start = stop
+        return chunks
+
+    def _compute(self, chunks: list[tuple[int, int]]) -> list[Result]:
+        spec = self._engine.spec
+        features = np.empty((len(chunks), spec.window_frames, 80), np.float32)
+        for i, (start, stop) in enumerate(chunks):
+            samples = np.zeros(spec.context_samples + spec.chunk_samples, np.float32)
+            samples[: spec.context_samples + stop - start] = self._window(start, stop)
+            features[i] = log_mel(samples)
+        made: list[tuple[FloatArray, str, bool]] = []
+
+        def work() -> None:
+            # What is done stays done when a later part fails and is tried again.
+            while len(made) < len(chunks):
+                part = features[len(made) : len(made) + self._batch]
+                scores = self._engine.infer(part)
+                if not np.isfinite(scores).all():
+                    raise ValueError("the model gave scores that are not finite")
+                device, degraded = self._engine.device, self._engine.degraded
+                made.extend((row, device, degraded) for row in scores)
+
+        try:
+            self._ladder.run(work)
+        except NotOurs as error:
+            return self._set_aside(chunks, made, str(error))
+        self._grow()
+        self._metrics.add("chunks_answered", len(chunks))
+        return self._as_results(chunks, made)
+
+    def _window(self, start: int, stop: int) -> FloatArray:
+        """Read a chunk and its left context; what the retention rule deleted before the context counts as silence."""
+        first = max(start - self._engine.spec.context_samples, self._spool.kept_from)
+        samples = np.zeros(self._engine.spec.context_samples + stop - start, np.float32)
+        read = self._spool.read(first, stop)
+        samples[len(samples) - len(read) :] = read
+        return samples
+
+    def _as_results(self, chunks: list[tuple[int, int]], made: list[tuple[FloatArray, str, bool]]) -> list[Result]:
+        rows_of = self._engine.spec.chunk_scores
+        per_row = self._engine.spec.chunk_samples // rows_of
+        results = []
+        for (start, stop), (scores, device, degraded) in zip(chunks, made, strict=False):
+            # A short chunk was padded with silence, which is not answered for.
+            rows = min(rows_of, -(-(stop - start) // per_row))
+            results.append(Result(start, stop, scores[:rows], device, degraded))
+        return results
+
+    def _set_aside(
+        self, chunks: list[tuple[int, int]], made: list[tuple[FloatArray, str, bool]], why: str
+    ) -> list[Result]:
+        """Answer what could be computed; a chunk that fails again and again gets a declared failure."""
+        results = self._as_results(chunks, made)
+        start, stop = chunks[len(made)]
+        self._failures[start] = self._failures.get(start, 0) + 1
+        # Alone next time: one bad chunk must not take its neighbours with it.
+        self._batch, self._good_batches = 1, 0
+        if self._failures[start] >= self._policy.attempts_per_chunk:
+            del self._failures[start]
+            results.append(Result(start, stop, None, self._engine.device, True))
+            self._metrics.add("chunks_set_aside")
+            self._events.tell(
+                EventKind.CHUNK_SET_ASIDE,
+                f"samples [{start}, {stop}) failed {self._policy.attempts_per_chunk} times ({why})",
+                "they were set aside",
+                "this part has no answer; its audio is kept and can be exported",
+            )
+        return results
+
+    # Recovery.
+
+    def _make_ladder(self) -> Ladder:
+        def rung(kind: EventKind, act: Callable[[], str], meaning: str, **rest: Any) -> Rung:
+            return Rung(kind, act, meaning, **rest)
+
+        same = "answers are the same as before"
+        rungs = [
+            rung(EventKind.CACHE_CLEAR, self._clear_cache, same),
+            rung(EventKind.GARBAGE_COLLECT, self._collect, same),
+            rung(
+                EventKind.REDUCE_BUFFER,
+                self._reduce,
+                "answers are the same, in smaller batches",
+                not_now=lambda: None if self._batch > 1 else "the batch is one chunk already",
+                repeats=True,
+            ),
+            rung(
+                EventKind.RESTART_WORKER,
+                self._restart,
+                same,
+                not_now=lambda: None if self._engine.can_restart else "inference has no process of its own",
+            ),
+            rung(
+                EventKind.CPU_FALLBACK,
+                self._fall_back,
+                "answers go on, more slowly, until the device has memory again",
+                not_now=lambda: "the fallback is in use already" if self._engine.degraded else None,
+            ),
+        ]
+        return Ladder(
+            [each for each in rungs if each.kind.value in self._policy.rungs],
+            self._events,
+            self._metrics,
+            max_attempts=self._policy.max_attempts,
+            deadline_s=self._policy.recovery_deadline_s,
+            errors_in_a_row=self._policy.device_errors_in_a_row,
+        )
+
+    def _clear_cache(self) -> str:
+        self._engine.release_cached()
+        return "cached memory was given back"
+
+    def _collect(self) -> str:
+        found = gc.collect()
+        self._engine.release_cached()
+        return f"{found} unreachable objects were collected"
+
+    def _reduce(self) -> str:
+        before, self._batch = self._batch, max(1, self._batch // 2)
+        self._good_batches = 0
+        self._engine.release_cached()
+        return f"the batch was reduced from {before} to {self._batch} chunks"
+
+    def _restart(self) -> str:
+        self._engine.restart()
+        return "the worker was replaced"
+
+    def _fall_back(self) -> str:
+        before = self._engine.device
+        self._engine.fall_back()
+        self._may_return.reset()
+        self._metrics.add("fallbacks")
+        return f"inference moved from {before} to {self._engine.device}"
+
+    def _grow(self) -> None:
+        """Double a reduced batch again after enough good ones, while nothing presses."""
+        self._good_batches += 1
+        pressed = max(self._device_pressure.level, self._host_pressure.level) > Level.NORMAL
+        if self._batch < self._policy.max_batch and self._good_batches >= self._policy.batches_before_growth:
+            self._good_batches = 0
+            if not pressed:
+                self._batch = min(self._batch * 2, self._policy.max_batch)
+
+    def _emergency(self, why: str) -> None:
+        if "emergency_shutdown" not in self._policy.rungs:
+            # Allowed to stop nothing: it waits for memory, and the recording goes on.
+            self._events.tell(EventKind.STORAGE_FAILED, why, "waiting for memory", f"answers are late; {_SAFE}")
+            with self._wake:
+                self._wake.wait(1.0)
+            return
+        self._metrics.add("emergency_shutdowns")
+        self._events.tell(
+            EventKind.EMERGENCY_SHUTDOWN,
+            why,
+            f"the recording was stopped after {self._spool.accepted} samples",
+            f"{_SAFE}; start again on the same folder to get the remaining answers",
+        )
+        with self._wake:
+            self._shut_down = f"emergency shutdown: {why}"
+            self._wake.notify_all()
+
+    # Pressure.
+
+    def _watch(self) -> None:
+        """Read both memories again and again; the working thread acts on what is found."""
+        while self._shut_down is None:
+            try:
+                device, host = self._engine.device_memory().fraction, host_memory().fraction
+                with self._wake:
+                    before = self._device_pressure.level, self._host_pressure.level
+                    levels = self._device_pressure.update(device), self._host_pressure.update(host)
+                    self._return_wanted = self._engine.degraded and self._may_return.update(device, time.monotonic())
+                    if before != levels or self._return_wanted:
+                        self._wake.notify_all()
+            except Exception:
+                # Under real pressure even reading can fail: the next reading is soon.
+                _log.debug("a memory reading failed", exc_info=True)
+            with self._wake:
+                if self._shut_down is None:
+                    self._wake.wait_for(lambda: self._shut_down is not None, self._policy.pressure_interval_s)
+
+    def _relieve(self) -> None:
+        """Act once on each level that was newly reached, and tell when it is over."""
+        for name, pressure in (("device", self._device_pressure), ("host", self._host_pressure)):
+            level, before = pressure.level, self._relieved[name]
+            if level == before:
+                continue
+            self._relieved[name] = level
+            share = f"{pressure.fraction:.0%} of the {name}'s memory is in use"
+            if level < before:
+                if level is Level.NORMAL:
+                    self._events.tell(EventKind.PRESSURE_NORMAL, share, "nothing", "the pressure is over")
+                continue
+            if name == "device" and self._engine.degraded and level >= Level.EMERGENCY:
+                # Others fill the device, and this pipeline has left it already.
+                continue
+            for step in range(before + 1, level + 1):
+                self._relieve_level(Level(step), name, share)
+
+    def _relieve_level(self, level: Level, name: str, share: str) -> None:
+        fallback_helps = name == "device" and "cpu_fallback" in self._policy.rungs
+        if level is Level.SHUTDOWN:
+            if not (name == "device" and self._engine.degraded):
+                self._emergency(f"{share}, above the {self._policy.shutdown:.0%} at which recording stops in order")
+            return
+        kind, rung, act = {
+            Level.WARNING: (EventKind.PRESSURE_WARNING, EventKind.CACHE_CLEAR, self._clear_cache),
+            Level.CRITICAL: (EventKind.PRESSURE_CRITICAL, EventKind.REDUCE_BUFFER, self._reduce),
+            # The fallback lives in host memory: when that is short, moving there would make it worse.
+            Level.EMERGENCY: (
+                (EventKind.PRESSURE_EMERGENCY, EventKind.CPU_FALLBACK, self._fall_back)
+                if fallback_helps
+                else (EventKind.PRESSURE_EMERGENCY, EventKind.GARBAGE_COLLECT, self._collect)
+            ),
+        }[level]
+        if rung.value not in self._policy.rungs:
+            self._events.tell(kind, share, "nothing: the policy does not allow it", _SAFE)
+            return
+        self._events.tell(kind, share, f"{rung.value} follows", _SAFE)
+        try:
+            done = act()
+        except Exception as error:
+            if classify(error).is_oom:
+                self._metrics.add("oom_total")
+            done = f"{rung.value} failed ({type(error).__name__}: {str(error)[-200:]})"
+        self._events.tell(rung, share, done, "answers may be slower" if rung is EventKind.CPU_FALLBACK else _SAFE)
+
+    def _consider_return(self) -> None:
+        if not (self._return_wanted and self._engine.degraded):
+            return
+        self._return_wanted = False
+        self._may_return.reset()
+        try:
+            returned = self._engine.return_to_device()
+        except Exception as error:
+            _log.info("the return to the device failed: %s", error)
+            return
+        if returned:
+            self._batch, self._good_batches = self._policy.max_batch, 0
+            self._metrics.add("returns_to_device")
+            self._events.tell(
+                EventKind.RETURNED_TO_DEVICE,
+                f"device memory has been below {self._policy.return_below:.0%} for {self._policy.return_after_s} s",
+                f"inference moved back to {self._engine.device}",
+                "answers are as fast as before",
+            )
+
+
+def _checked_start(start: int) -> int:
+    if isinstance(start, bool) or not isinstance(start, int | np.integer):
+        raise AudioError(f"the block's first sample is {start!r}: expected a whole number of samples from 0 on")
+    if start < 0:
+        raise AudioError(f"the block starts at sample {start}: expected 0 or more")
+    return int(start)
+
+
+def _checked(block: npt.NDArray[np.float32]) -> FloatArray:
+    """Refuse what is not float32 mono audio, finite throughout."""
+    if not isinstance(block, np.ndarray):
+        raise AudioError(f"the block is a {type(block).__name__}: expected a NumPy array of float32 samples")
+    if block.dtype != np.float32:
+        raise AudioError(f"the block has dtype {block.dtype}: expected float32 (16-bit audio: samples / 32768)")
+    if block.ndim != 1:
+        raise AudioError(f"the block has shape {list(block.shape)}: expected one channel, shape [samples]")
+    if not np.isfinite(block).all():
+        bad = int(np.flatnonzero(~np.isfinite(block))[0])
+        raise AudioError(f"the block has {block[bad]} at index {bad}: expected finite samples")
+    return block
+
+
+__all__ = [
+    "AudioError",
+    "DictationPipeline",
+    "MemoryReading",
+    "NotRecording",
+    "PipelineClosed",
+    "SpoolError",
+    "factory",
+]

@@ -1,0 +1,330 @@
+"""The spool: every accepted block and every result, durable when the call returns.
+
+SQLite in WAL mode with ``synchronous=FULL``. A result is its own acknowledgement: the two are one row, so one
+transaction. After any crash: acknowledged ≤ stored ≤ acknowledged + the one call in flight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+import threading
+import time
+import wave
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float32]
+_SCHEMA_VERSION = 1
+_PAGE_BYTES = 4096
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE blocks (
+    start INTEGER PRIMARY KEY, stop INTEGER NOT NULL, samples BLOB NOT NULL, stored_s REAL NOT NULL
+);
+CREATE TABLE results (
+    start INTEGER PRIMARY KEY, stop INTEGER NOT NULL, scores BLOB, vocabulary INTEGER NOT NULL,
+    device TEXT NOT NULL, degraded INTEGER NOT NULL, made_s REAL NOT NULL
+);
+"""
+
+
+class SpoolError(Exception):
+    """The spool cannot do what was asked. Nothing accepted before is lost; the message says what to do."""
+
+
+class SpoolBusy(SpoolError):
+    """Another pipeline has this spool open."""
+
+
+class SpoolFull(SpoolError):
+    """There is no room. What the call brought was not accepted: feed it again when there is."""
+
+
+class AudioError(ValueError):
+    """A block cannot be accepted. The message says what was wrong and what was expected."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """The answer for samples [start, stop): ``output`` float32 [frames, vocabulary], or None for a declared failure."""
+
+    start: int
+    stop: int
+    output: FloatArray | None
+    device: str
+    degraded: bool
+
+
+class Spool:
+    """One recording on disk, float32 mono from sample 0. Safe to use from several threads of one process."""
+
+    def __init__(self, folder: Path, sample_rate_hz: int, limit_bytes: int | None = None) -> None:
+        """Open or create ``spool.db`` in the folder. Raises SpoolError, and SpoolBusy while another has it open."""
+        self.path = folder / "spool.db"
+        self._lock = threading.RLock()
+        self._closed = False
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock_fd = os.open(folder / "spool.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise SpoolError(f"the spool folder {folder} cannot be written ({error}): choose another folder") from error
+        try:
+            self._take_lock()
+            # Created by us first: SQLite's own files take the mode of the database.
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            self._db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False, timeout=5.0)
+            try:
+                self._open(sample_rate_hz, limit_bytes)
+            except BaseException:
+                self._db.close()
+                raise
+        except OSError as error:
+            os.close(self._lock_fd)
+            raise SpoolError(f"the spool {self.path} cannot be written ({error}): choose another folder") from error
+        except BaseException:
+            os.close(self._lock_fd)
+            raise
+
+    def _take_lock(self) -> None:
+        try:
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.read(self._lock_fd, 32).decode(errors="replace").strip() or "unknown"
+            raise SpoolBusy(
+                f"another pipeline (process {owner}) has the spool {self.path} open: "
+                "close that one, or use another folder; two recordings never share a spool"
+            ) from None
+        os.ftruncate(self._lock_fd, 0)
+        os.pwrite(self._lock_fd, f"{os.getpid()}\n".encode(), 0)
+
+    def _open(self, sample_rate_hz: int, limit_bytes: int | None) -> None:
+        with self._errors("open"):
+            self._db.execute("PRAGMA journal_mode = WAL")
+            # FULL: a commit is on the disk when it returns, whatever happens to the machine.
+            self._db.execute("PRAGMA synchronous = FULL")
+            if limit_bytes is not None:
+                self._db.execute(f"PRAGMA max_page_count = {max(1, limit_bytes // _PAGE_BYTES)}")
+            if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
+                with self._transaction():
+                    for statement in _SCHEMA.strip().split(";"):
+                        if statement.strip():
+                            self._db.execute(statement)
+                    self._set_meta("schema_version", _SCHEMA_VERSION)
+                    self._set_meta("sample_rate_hz", sample_rate_hz)
+                    self._set_meta("kept_from", 0)
+        for key, expected in (("schema_version", _SCHEMA_VERSION), ("sample_rate_hz", sample_rate_hz)):
+            found = self._meta(key)
+            if found != expected:
+                raise SpoolError(f"the spool {self.path} has {key} {found}, expected {expected}: use another folder")
+        self._accepted = self._scalar("SELECT COALESCE(MAX(stop), 0) FROM blocks")
+        self._answered = self._scalar("SELECT COALESCE(MAX(stop), 0) FROM results")
+        # Blocks that were answered may have been deleted by the retention rule.
+        self._accepted = max(self._accepted, self._answered)
+
+    # Reading.
+
+    @property
+    def accepted(self) -> int:
+        """Samples durably accepted: [0, accepted)."""
+        return self._accepted
+
+    @property
+    def answered(self) -> int:
+        """Samples answered: [0, answered)."""
+        return self._answered
+
+    @property
+    def kept_from(self) -> int:
+        """First sample that the retention rule has not deleted."""
+        return self._meta("kept_from")
+
+    def read(self, start: int, stop: int) -> FloatArray:
+        """Read samples [start, stop) as float32; positions before 0 are silence. Raises SpoolError for a gap."""
+        out = np.zeros(max(0, stop - start), np.float32)
+        first = max(start, 0)
+        if stop > first:
+            if first < self.kept_from:
+                raise SpoolError(
+                    f"samples from {first} were asked for, but those before {self.kept_from} were deleted "
+                    "by the policy's retention_s after they were answered"
+                )
+            with self._lock, self._errors("read"):
+                rows = self._db.execute(
+                    "SELECT start, stop, samples FROM blocks WHERE start < ? AND stop > ? ORDER BY start", (stop, first)
+                ).fetchall()
+            position = first
+            for block_start, block_stop, data in rows:
+                samples = np.frombuffer(data, "<f4")
+                if block_start > position or len(samples) != block_stop - block_start:
+                    break
+                upto = min(block_stop, stop)
+                out[position - start : upto - start] = samples[position - block_start : upto - block_start]
+                position = upto
+            if position < stop:
+                raise SpoolError(f"the spool {self.path} has no samples [{position}, {stop}): it is damaged")
+        return out
+
+    def results(self) -> list[Result]:
+        """Read every result, by position."""
+        with self._lock, self._errors("read"):
+            rows = self._db.execute(
+                "SELECT start, stop, scores, vocabulary, device, degraded FROM results ORDER BY start"
+            ).fetchall()
+        return [
+            Result(
+                start,
+                stop,
+                None if scores is None else np.frombuffer(scores, "<f4").reshape(-1, vocabulary),
+                device,
+                bool(degraded),
+            )
+            for start, stop, scores, vocabulary, device, degraded in rows
+        ]
+
+    # Writing.
+
+    def append(self, start: int, samples: FloatArray) -> int:
+        """Store a block and return how many samples are durably accepted. Idempotent by position.
+
+        Raises AudioError for a gap or for samples that differ from those accepted at the same position, SpoolFull
+        when there is no room, SpoolError otherwise. When it raises, nothing of the block was accepted.
+        """
+        with self._lock:
+            if start > self._accepted:
+                raise AudioError(
+                    f"the block starts at sample {start}, but only {self._accepted} were accepted: "
+                    f"feed the samples from {self._accepted} on, without a gap"
+                )
+            known = min(self._accepted - start, len(samples))
+            compare_from = max(start, self.kept_from)
+            if compare_from < start + known:
+                stored = self.read(compare_from, start + known)
+                if stored.tobytes() != samples[compare_from - start : known].tobytes():
+                    raise AudioError(
+                        f"samples [{compare_from}, {start + known}) were accepted before with other values: "
+                        "a position has one sample, so feed new audio from the accepted position on"
+                    )
+            fresh = samples[known:]
+            if not len(fresh):
+                return self._accepted
+            first, stop = start + known, start + len(samples)
+            data = np.ascontiguousarray(fresh, "<f4").tobytes()
+            with self._errors("write"), self._transaction():
+                self._db.execute("INSERT INTO blocks VALUES (?, ?, ?, ?)", (first, stop, data, time.time()))
+            self._accepted = stop
+            return stop
+
+    def answer(self, results: list[Result]) -> None:
+        """Store results, and with them their acknowledgement, in one transaction. They continue what is answered."""
+        with self._lock:
+            position = self._answered
+            for result in results:
+                if result.start != position or not result.start < result.stop <= self._accepted:
+                    raise SpoolError(
+                        f"a result for [{result.start}, {result.stop}) does not continue the answered "
+                        f"[0, {position}) within the accepted [0, {self._accepted})"
+                    )
+                position = result.stop
+            now_s = time.time()
+            rows = [
+                (
+                    r.start,
+                    r.stop,
+                    None if r.output is None else np.ascontiguousarray(r.output, "<f4").tobytes(),
+                    1 if r.output is None else r.output.shape[1],
+                    r.device,
+                    int(r.degraded),
+                    now_s,
+                )
+                for r in results
+            ]
+            with self._errors("write"), self._transaction():
+                self._db.executemany("INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+            self._answered = position
+
+    def forget(self, older_than_s: float, context_samples: int) -> int:
+        """Delete answered audio stored more than ``older_than_s`` seconds ago, but the left context that the next
+        chunk needs. Returns the first sample that is still kept."""
+        with self._lock, self._errors("write"):
+            keep_from = self._answered - context_samples
+            row = self._db.execute(
+                "SELECT MAX(stop) FROM blocks WHERE stop <= ? AND stored_s < ?", (keep_from, time.time() - older_than_s)
+            ).fetchone()
+            if row[0] is not None:
+                with self._transaction():
+                    self._db.execute("DELETE FROM blocks WHERE stop <= ?", (row[0],))
+                    self._set_meta("kept_from", row[0])
+            return self.kept_from
+
+    def export_wav(self, path: Path) -> int:
+        """Write what was accepted as a 16-bit mono WAV; return the number of samples written."""
+        samples = self.read(self.kept_from, self._accepted)
+        pcm = np.clip(np.rint(samples.astype(np.float64) * 32768.0), -32768, 32767).astype("<i2")
+        with wave.open(str(path), "wb") as out:
+            out.setnchannels(1)
+            out.setsampwidth(2)
+            out.setframerate(self._meta("sample_rate_hz"))
+            out.writeframes(pcm.tobytes())
+        return len(samples)
+
+    def close(self) -> None:
+        """Close the file and let others open it. A second call does nothing."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._db.close()
+                os.close(self._lock_fd)
+
+    # How.
+
+    def _meta(self, key: str) -> int:
+        return self._scalar("SELECT value FROM meta WHERE key = ?", key)
+
+    def _set_meta(self, key: str, value: int) -> None:
+        self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, str(value)))
+
+    def _scalar(self, query: str, *values: object) -> int:
+        with self._lock, self._errors("read"):
+            row = self._db.execute(query, values).fetchone()
+        if row is None:
+            raise SpoolError(f"the spool {self.path} is damaged: nothing for {query!r} {values}")
+        return int(row[0])
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            # A failed COMMIT leaves the transaction open: nothing of it may become visible later.
+            if self._db.in_transaction:
+                with contextlib.suppress(sqlite3.Error):
+                    self._db.execute("ROLLBACK")
+            raise
+
+    @contextlib.contextmanager
+    def _errors(self, verb: str) -> Iterator[None]:
+        """Say SQLite's errors in our words."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            if self._closed:
+                raise SpoolError(f"the spool {self.path} was closed: open it again to {verb} it") from error
+            code = getattr(error, "sqlite_errorcode", None)
+            if code is not None and code & 0xFF == sqlite3.SQLITE_FULL:
+                raise SpoolFull(
+                    f"the spool {self.path} is full ({error}): free some disk, or raise spool_limit_bytes; "
+                    "what was accepted before is safe, what this call brought was not accepted"
+                ) from error
+            raise SpoolError(
+                f"the spool {self.path} could not be used to {verb} ({error}): what was accepted before is safe; "
+                "check the disk and the folder's permissions"
+            ) from error

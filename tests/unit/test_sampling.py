@@ -1,0 +1,147 @@
+"""Samples are real readings, the sampler is bounded, and a vanished worker is no error."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from qualification.sampling import SERIES, Sample, Sampler, take
+
+SIZE_BYTES = 64 * 1024 * 1024
+
+
+def _waiting_child(size_bytes: int = 0) -> subprocess.Popen[bytes]:
+    program = f"b = bytearray({size_bytes}); print(flush=True); input()"
+    child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    return child
+
+
+def _end(child: subprocess.Popen[bytes]) -> None:
+    child.communicate(b"\n")
+
+
+def test_memory_held_is_seen_and_memory_freed_is_gone() -> None:
+    """64 MiB of touched memory show in RSS and in the heap, and no longer after they are freed."""
+    before = take()
+    block = np.ones(SIZE_BYTES, dtype=np.uint8)
+    during = take()
+    del block
+    after = take()
+    assert during.heap_known == hasattr(psutil, "heap_info")
+    for name in ("rss_bytes", "heap_used_bytes")[: 1 + during.heap_known]:
+        rose = getattr(during, name) - getattr(before, name)
+        left = getattr(after, name) - getattr(before, name)
+        assert rose == pytest.approx(SIZE_BYTES, rel=0.1), f"{name} rose by {rose} for {SIZE_BYTES} bytes"
+        assert abs(left) < SIZE_BYTES * 0.1, f"{name}: {left} bytes left after all were freed"
+
+
+def test_descriptors_threads_and_children_are_counted(tmp_path: Path) -> None:
+    """Three files, two threads and one child are three, two and one more."""
+    release = threading.Event()
+    before = take()
+    files = [(tmp_path / str(n)).open("w") for n in range(3)]
+    threads = [threading.Thread(target=release.wait) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    during = take()
+    release.set()
+    for thread in threads:
+        thread.join()
+    for file in files:
+        file.close()
+    child = _waiting_child()
+    with_child = take()
+    _end(child)
+    assert during.descriptors - before.descriptors == 3, f"{during} after {before}"
+    assert during.threads - before.threads == 2, f"{during} after {before}"
+    assert with_child.children - before.children == 1, f"{with_child} after {before}"
+
+
+def test_workers_are_summed_and_counted_once() -> None:
+    """A worker's 64 MiB belong to the reading when it is named, also when it is named twice."""
+    child = _waiting_child(SIZE_BYTES)
+    try:
+        alone, both = take(), take([child.pid, child.pid, os.getpid()])
+        more, worker_bytes = both.rss_bytes - alone.rss_bytes, psutil.Process(child.pid).memory_info().rss
+        assert more == pytest.approx(worker_bytes, rel=0.1), f"{more} bytes more, the worker has {worker_bytes}"
+        assert both.children == alone.children, f"{both.children} children, not {alone.children}"
+    finally:
+        _end(child)
+
+
+def test_a_vanished_worker_is_skipped() -> None:
+    """Neither a process that is gone nor a zombie is an error."""
+    child = _waiting_child()
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write(b"\n")
+    child.stdin.close()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    zombie = take([child.pid])
+    child.wait()
+    child.stdout.close()
+    gone = take([child.pid])
+    own_bytes = psutil.Process().memory_info().rss
+    for name, sample in (("zombie", zombie), ("gone", gone)):
+        assert sample.rss_bytes == pytest.approx(own_bytes, rel=0.1), f"{name}: {sample.rss_bytes}, own {own_bytes}"
+
+
+def test_the_buffers_are_bounded_and_evenly_spaced() -> None:
+    """Of 100 samples in a buffer of 16 every 8th stays, the first included."""
+    sampler = Sampler(capacity=16)
+    for number in range(100):
+        sampler.sample(device_used_bytes=number)
+    t_s, values = sampler.series("device_used_bytes")
+    assert values.tolist() == list(range(0, 100, 8)), f"kept {values.tolist()}"
+    assert np.all(np.diff(t_s) > 0), f"times do not increase: {t_s}"
+    assert sampler.last.device_used_bytes == 99, f"the last sample is {sampler.last}"
+
+
+def test_the_sampler_does_not_leak() -> None:
+    """200 samples after 50 of warm-up leave the heap where it was, within 64 KiB."""
+    sampler = Sampler(capacity=64)
+    for _ in range(50):
+        before = sampler.sample()
+    for _ in range(200):
+        after = sampler.sample()
+    if not after.heap_known:
+        pytest.skip("the heap in use cannot be read here")
+    grown = after.heap_used_bytes - before.heap_used_bytes
+    assert grown < 64 * 1024, f"200 samples left {grown} bytes on the heap"
+
+
+def test_replaced_workers_are_followed() -> None:
+    """The process ids are asked for at each sample."""
+    workers: list[int] = []
+    sampler = Sampler(lambda: workers)
+    alone = sampler.sample()
+    child = _waiting_child(SIZE_BYTES)
+    workers.append(child.pid)
+    both = sampler.sample()
+    _end(child)
+    more = both.rss_bytes - alone.rss_bytes
+    assert more > SIZE_BYTES, f"a new worker of {SIZE_BYTES} bytes added {more}"
+
+
+def test_every_number_has_a_series() -> None:
+    """The series agree with the sample; another name is refused, and so is asking for the last before the first."""
+    sampler = Sampler()
+    with pytest.raises(LookupError, match="no sample"):
+        _ = sampler.last
+    sample: Sample = sampler.sample(7)
+    for name in SERIES:
+        t_s, values = sampler.series(name)
+        assert (t_s.tolist(), values.tolist()) == ([sample.t_s], [getattr(sample, name)]), f"{name}: {values}"
+    with pytest.raises(ValueError, match="no series 'uss'"):
+        sampler.series("uss")
+    with pytest.raises(ValueError, match="capacity is 3"):
+        Sampler(capacity=3)

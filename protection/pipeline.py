@@ -304,7 +304,7 @@ class DictationPipeline:
         while len(chunks) < self._policy.max_batch:
             # A chunk does not reach over the place where the recording was stopped.
             stop = min(start + size, flush_to if flush_to > start else accepted)
-            if stop - start < size and stop != flush_to:
+            if stop == start or (stop - start < size and stop != flush_to):
                 break
             chunks.append((start, stop))
             start = stop

@@ -1,0 +1,289 @@
+"""The criteria: a named limit with a unit for each promise of each test, and what a run may set otherwise.
+
+The promise is the sentence that the test's docstring and the README carry; a test compares the three. A TOML file
+given as ``--criteria FILE`` overrides limits and parameters by test and name:
+
+    [test_sustained_high_memory_usage]
+    growth_rate = 0.5     # MB/s
+    duration_s = 120
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+import tomllib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+_OPERATORS: dict[str, Callable[[float, float], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    "==": operator.eq,
+    ">=": operator.ge,
+    ">": operator.gt,
+}
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """One promise of one test: a value passes that stands in relation ``relation`` to ``limit``."""
+
+    test: str
+    name: str
+    relation: str
+    limit: float
+    unit: str
+    promise: str
+
+    def holds(self, value: float) -> bool:
+        """Whether a measured value keeps the promise. NaN never does."""
+        return _OPERATORS[self.relation](value, self.limit)
+
+    @property
+    def limit_text(self) -> str:
+        """The limit as it is shown: ``< 1 MB/s``."""
+        return f"{self.relation} {self.limit:g} {self.unit}".strip()
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """How hard a test tries: a number that a run may set, within bounds."""
+
+    test: str
+    name: str
+    value: float
+    least: float
+    most: float
+    meaning: str
+
+
+class CriteriaError(ValueError):
+    """A criteria file cannot be used. The message says where, what was found, and what was expected."""
+
+
+def _for(test: str, *rows: tuple[str, str, float, str, str]) -> list[Criterion]:
+    return [Criterion(test, *row) for row in rows]
+
+
+#: For every test: the device's memory, in MB (1e6 bytes). The full batch of the model that ships needs two thirds.
+DEVICE_LIMIT = "device_limit_mb"
+
+CRITERIA: tuple[Criterion, ...] = tuple(
+    _for(
+        "test_sustained_high_memory_usage",
+        ("growth_rate", "<", 1.0, "MB/s", "Memory growth rate < 1 MB/s"),
+        ("leak_detected", "==", 0, "leaks", "No leak detected after 60s"),
+        ("stability", "<=", 10.0, "%", "Stable memory within ±10%"),
+        ("answers_wrong", "==", 0, "answers", "Every answer right under load"),
+    )
+    + _for(
+        "test_memory_allocation_stress",
+        ("allocations_failed", "==", 0, "allocations", "All allocations complete"),
+        ("baseline_excess", "<=", 16.0, "MB", "Memory returns to baseline (within 16 MB)"),
+        ("fragmentation", "<=", 5.0, "%", "No fragmentation (largest block at most 5% smaller than at the start)"),
+    )
+    + _for(
+        "test_continuous_recording_memory_leak",
+        ("leak_detected", "==", 0, "leaks", "No leak detected"),
+        ("total_growth", "<", 100.0, "MB", "Total growth < 100 MB"),
+        ("crashes_and_ooms", "==", 0, "incidents", "No crash or OOM"),
+        ("samples_unanswered", "==", 0, "samples", "Every sample answered"),
+    )
+    + _for(
+        "test_gpu_to_cpu_fallback_on_oom",
+        ("ooms_undetected", "==", 0, "OOMs", "OOM detected correctly"),
+        ("fallbacks", ">=", 1, "fallbacks", "CPU fallback succeeds"),
+        ("answers_wrong", "==", 0, "answers", "Processing continues"),
+        ("notifications", ">=", 1, "events", "User notified"),
+        ("real_time_factor", "<", 1.0, "s/s", "Real-time factor after the fallback < 1"),
+    )
+    + _for(
+        "test_rapid_toggle_with_fallback",
+        ("toggles_failed", "==", 0, "toggles", "All toggles complete"),
+        ("transitions_missing", "==", 0, "transitions", "Every cycle goes to the CPU and back"),
+        ("memory_excess", "<=", 16.0, "MB", "Memory cleaned between toggles (within 16 MB)"),
+        ("resources_left", "==", 0, "descriptors and threads", "No resource leaks"),
+    )
+    + _for(
+        "test_cuda_error_recovery",
+        ("errors_undetected", "==", 0, "errors", "Error detected"),
+        ("recoveries", ">=", 1, "recoveries", "Recovery attempted"),
+        ("device_healthy", "==", 1, "probes", "GPU returns to operational state"),
+    )
+    + _for(
+        "test_repeated_cuda_errors",
+        ("errors_unhandled", "==", 0, "errors", "All errors handled"),
+        ("cpu_mode", "==", 1, "fallbacks", "CPU mode after three errors in a row"),
+        ("device_healthy", "==", 1, "probes", "GPU remains available"),
+        ("answers_wrong", "==", 0, "answers", "No permanent damage"),
+    )
+    + _for(
+        "test_emergency_shutdown_trigger",
+        ("pressure_at_shutdown", ">", 98.0, "%", "Shutdown triggered at threshold (above 98%)"),
+        ("left_behind", "==", 0, "processes, files and locks", "Resources cleaned up"),
+        ("exit_status", "==", 75, "", "Clean process exit (status 75)"),
+    )
+    + _for(
+        "test_data_preservation_on_shutdown",
+        ("samples_unsaved", "==", 0, "samples", "All buffered audio saved"),
+        ("samples_different", "==", 0, "samples", "No sample loss"),
+        ("samples_unanswered", "==", 0, "samples", "Recovery possible"),
+    )
+    + _for(
+        "test_oom_detection",
+        ("ooms_undetected", "==", 0, "OOMs", "OOM detected on impossible allocation"),
+        ("errors_misclassified", "==", 0, "errors", "Appropriate error raised"),
+        ("ooms_uncounted", "==", 0, "OOMs", "Counter incremented"),
+    )
+    + _for(
+        "test_oom_notification_system",
+        ("ooms_untold", "==", 0, "OOMs", "User notified of every OOM"),
+        ("notifications_incomplete", "==", 0, "events", "Each notification says what happened, what was done, what it means"),
+        ("notification_delay", "<", 1.0, "s", "Notified within 1 s of the OOM"),
+    )
+    + _for(
+        "test_progressive_recovery_strategies",
+        ("out_of_order", "==", 0, "strategies", "Strategies tried in order"),
+        ("not_needed", "==", 0, "strategies", "Each further strategy needed once"),
+        ("unrecovered", "==", 0, "OOMs", "Recovery succeeds"),
+        ("answers_wrong", "==", 0, "answers", "System operational"),
+    )
+    + _for(
+        "test_buffer_reduction_on_pressure",
+        ("reductions", ">=", 1, "reductions", "Buffer reduced at 90% pressure"),
+        ("fallbacks", "==", 0, "fallbacks", "No fallback while a smaller buffer is enough"),
+        ("answers_wrong", "==", 0, "answers", "Processing continues"),
+    )
+    + _for(
+        "test_cpu_fallback_activation",
+        ("fallbacks", ">=", 1, "fallbacks", "CPU fallback at 95% pressure"),
+        ("returns", ">=", 1, "returns", "Back on the device when the pressure is over"),
+        ("answers_wrong", "==", 0, "answers", "Processing continues"),
+    )
+    + _for(
+        "test_audio_buffer_preservation",
+        ("samples_lost", "==", 0, "samples", "All samples saved"),
+        ("samples_unanswered", "==", 0, "samples", "No data loss"),
+        ("samples_different", "==", 0, "samples", "Audio quality maintained (bit for bit)"),
+    )
+    + _for(
+        "test_transcription_state_preservation",
+        ("gaps", "==", 0, "gaps", "No gap after resume"),
+        ("overlaps", "==", 0, "overlaps", "No duplicate after resume"),
+        ("answers_wrong", "==", 0, "answers", "Answers as without the interruption"),
+    )
+    + _for(
+        "test_kill_during_recording",
+        ("samples_lost", "==", 0, "samples", "Nothing acknowledged lost"),
+        ("samples_unexplained", "==", 0, "samples", "At most the one call in flight stored beyond"),
+        ("samples_different", "==", 0, "samples", "Every stored sample bit for bit"),
+        ("gaps_and_overlaps", "==", 0, "places", "Results tile what was stored"),
+    )
+    + _for(
+        "test_consecutive_oom_recovery",
+        ("ooms_undetected", "==", 0, "OOMs", "All OOMs detected"),
+        ("recoveries_missing", "==", 0, "recoveries", "Recovery attempted for each"),
+        ("cpu_mode", "==", 1, "fallbacks", "Eventually falls back to CPU"),
+    )
+    + _for(
+        "test_oom_during_recovery",
+        ("attempts", "<=", 12, "attempts", "Attempts bounded (at most 12)"),
+        ("recovery_time", "<", 30.0, "s", "No livelock (an end within 30 s)"),
+        ("exit_status", "==", 75, "", "Orderly end when even the fallback finds no memory (status 75)"),
+        ("samples_lost", "==", 0, "samples", "Nothing accepted lost"),
+    )
+    + _for(
+        "test_recovery_success_rate",
+        ("success_rate", ">=", 95.0, "%", "Recovery success rate >= 95%"),
+        ("recovery_time", "<", 5.0, "s", "Slowest recovery < 5 s"),
+        ("miscounted", "==", 0, "counts", "Metrics agree with the faults that fired"),
+    )
+)
+
+_ANY_TEST = "every_test"
+PARAMETERS: tuple[Parameter, ...] = (
+    Parameter(_ANY_TEST, DEVICE_LIMIT, 100, 16, 1e6, "device memory that the subject may use, MB"),
+    Parameter("test_sustained_high_memory_usage", "duration_s", 60, 5, 86_400, "how long"),
+    Parameter("test_sustained_high_memory_usage", "held_mb", 500, 1, 1e6, "device memory held and worked on, MB"),
+    Parameter("test_memory_allocation_stress", "cycles", 100, 1, 1e6, "allocations, each freed again"),
+    Parameter("test_memory_allocation_stress", "block_mb", 50, 1, 1e6, "size of each, MB"),
+    Parameter("test_continuous_recording_memory_leak", "duration_s", 3600, 5, 864_000, "how long"),
+    Parameter("test_rapid_toggle_with_fallback", "cycles", 50, 1, 1e5, "toggles, each with a fallback"),
+    Parameter("test_kill_during_recording", "kills", 20, 1, 1e5, "SIGKILLs at random moments"),
+    Parameter("test_kill_during_recording", "seed", 1, 0, 2**31, "seed of the random moments"),
+    Parameter("test_consecutive_oom_recovery", "ooms", 5, 1, 1e4, "out-of-memory errors, one after another"),
+    Parameter("test_recovery_success_rate", "ooms", 12, 1, 1e4, "out-of-memory errors, of every kind in turn"),
+)
+
+
+class Criteria:
+    """The criteria and parameters of one run."""
+
+    def __init__(
+        self, criteria: Iterable[Criterion] = CRITERIA, parameters: Iterable[Parameter] = PARAMETERS, source: str = "defaults"
+    ) -> None:
+        """Take the defaults, or what a file made of them; ``source`` is shown in the header."""
+        self._criteria = {(each.test, each.name): each for each in criteria}
+        self._parameters = {(each.test, each.name): each for each in parameters}
+        self.source = source
+        self.overridden: dict[str, float] = {}
+
+    def of(self, test: str) -> list[Criterion]:
+        """Give the criteria of a test, in order."""
+        return [each for each in self._criteria.values() if each.test == test]
+
+    def parameter(self, test: str, name: str) -> float:
+        """Give a parameter of a test, or of every test. Raises KeyError for one that is not declared."""
+        found = self._parameters.get((test, name)) or self._parameters[_ANY_TEST, name]
+        return found.value
+
+    def all(self) -> list[Criterion]:
+        """Give every criterion."""
+        return list(self._criteria.values())
+
+    @classmethod
+    def load(cls, path: Path) -> Criteria:
+        """Read overrides from a TOML file. Raises CriteriaError with the nearest names for what does not exist."""
+        try:
+            tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise CriteriaError(f"the criteria file {path} cannot be read: {error}") from error
+        made = cls(source=str(path))
+        tests = sorted({test for test, _ in [*made._criteria, *made._parameters]})
+        for test, table in tables.items():
+            if test not in tests:
+                raise CriteriaError(f"{path}: there is no test {test!r}: {_nearest(test, tests)}")
+            if not isinstance(table, dict):
+                raise CriteriaError(f"{path}: {test} is {table!r}: expected a table [{test}] of names and numbers")
+            for name, value in table.items():
+                made._override(path, test, name, value)
+        return made
+
+    def _override(self, path: Path, test: str, name: str, value: object) -> None:
+        key = (test, name)
+        where = f"{path}: {test}.{name}"
+        names = sorted(n for t, n in [*self._criteria, *self._parameters] if t == test)
+        if name not in names:
+            raise CriteriaError(f"{path}: {test} has no criterion or parameter {name!r}: {_nearest(name, names)}")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise CriteriaError(f"{where} is {value!r}: expected a finite number")
+        if key in self._criteria:
+            if value < 0:
+                raise CriteriaError(f"{where} is {value}: expected a limit of at least 0 {self._criteria[key].unit}")
+            self._criteria[key] = replace(self._criteria[key], limit=float(value))
+        else:
+            parameter = self._parameters[key]
+            if not parameter.least <= value <= parameter.most:
+                raise CriteriaError(
+                    f"{where} is {value}: expected from {parameter.least:g} to {parameter.most:g} ({parameter.meaning})"
+                )
+            self._parameters[key] = replace(parameter, value=float(value))
+        self.overridden[f"{test}.{name}"] = float(value)
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, 3, 0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(names)}"

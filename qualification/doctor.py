@@ -1,0 +1,149 @@
+"""Say what this machine can qualify, in seconds and without installing anything.
+
+    python -m qualification.doctor
+
+For each declared cell: whether it can run, or why not; what it downloads, and the memory, disk and time it needs; and
+what to type next. Exits 0 where at least one cell can run, else 1.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import backends
+import qualification
+from qualification.platform_check import (
+    MINIMUM_FREE_DISK_BYTES,
+    disk_refusal,
+    gib,
+    glibc_version,
+    python_refusal,
+    refusal,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+#: 500 MB held under load, the runtime and the tests around it, and 1 GiB that is left to the rest of the machine.
+MEMORY_NEEDED_BYTES = 2 * 1024**3
+#: What a user should plan for, environment already installed.
+QUICK_MIN = 4
+SOAK_MIN = 70
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A backend in an environment, and what stands in its way on this machine (None: it can run)."""
+
+    backend: backends.Declared
+    environment: str
+    obstacle: str | None
+
+
+def cells(root: Path = ROOT) -> tuple[Cell, ...]:
+    """Look at every declared cell."""
+    return tuple(
+        Cell(backend, environment, obstacle(backend, environment, root))
+        for backend in backends.declared(root / "backends")
+        for environment in backend.environments
+    )
+
+
+def obstacle(backend: backends.Declared, environment: str, root: Path = ROOT) -> str | None:
+    """Say why this cell cannot run here, or None where it can."""
+    pins = root / "constraints" / f"{environment}.txt"
+    return (
+        refusal()
+        or python_refusal(backend.minimum_python)
+        or (None if pins.is_file() else f"constraints/{pins.name} is missing: nox -s lock makes it")
+        or disk_refusal(root)
+        or _memory_refusal()
+    )
+
+
+def table(found: tuple[Cell, ...]) -> str:
+    """Show the cells: what each needs, and why it cannot run where it cannot."""
+    head = ("backend", "environment", "can run", "download", "memory", "disk", "memory-quick", "memory-soak")
+    rows = [head] + [
+        (
+            cell.backend.name,
+            cell.environment,
+            "no" if cell.obstacle else "yes",
+            f"{cell.backend.download_mb} MB once",
+            gib(MEMORY_NEEDED_BYTES),
+            gib(MINIMUM_FREE_DISK_BYTES),
+            f"{QUICK_MIN} min",
+            f"{SOAK_MIN} min",
+        )
+        for cell in found
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += [f"not run: {c.backend.name} in {c.environment}: {c.obstacle}" for c in found if c.obstacle]
+    return "\n".join(lines)
+
+
+def available_memory_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Read what the machine can still give without swapping, or a memory cgroup of this process where that is less."""
+    meminfo = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
+    free_bytes = [int(meminfo["MemAvailable"].split()[0]) * 1024]
+    for line in (proc / "self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, names = cgroups, ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top, names = cgroups / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        folder = top / path.lstrip("/")
+        # A limit further up binds as well.
+        groups = (group for group in (folder, *folder.parents) if group.is_relative_to(top))
+        free_bytes += [_cgroup_free_bytes(group, *names) for group in groups]
+    return max(0, min(free_bytes))
+
+
+def main() -> int:
+    """Print the report and give the exit status."""
+    if reason := python_refusal():
+        print(f"Plimsoll cannot run here: {reason}")
+        return 1
+    found = cells()
+    memory = f"{gib(available_memory_bytes())} of memory free, " if platform.system() == "Linux" else ""
+    print(
+        f"Plimsoll {qualification.__version__} on {platform.system()} {platform.machine()}, "
+        f"C library {glibc_version() or 'not GNU'}, Python {platform.python_version()}, "
+        f"{memory}{gib(shutil.disk_usage(ROOT).free)} of disk free\n\n{table(found)}\n"
+    )
+    runnable = [cell for cell in found if cell.obstacle is None]
+    if not runnable:
+        print("Nothing can run here until one of the reasons above is gone.")
+        return 1
+    install = "" if shutil.which("nox") else "python3 -m pip install nox && "
+    print(f"next: {install}nox -s memory-quick")
+    return 0
+
+
+def _memory_refusal() -> str | None:
+    """Say why there is too little memory, or None where there is enough."""
+    free_bytes = available_memory_bytes()
+    if free_bytes >= MEMORY_NEEDED_BYTES:
+        return None
+    return f"{gib(MEMORY_NEEDED_BYTES)} of available memory is needed; there is {gib(free_bytes)}"
+
+
+def _cgroup_free_bytes(folder: Path, limit_name: str, used_name: str, cache_name: str) -> int:
+    """Read what one cgroup can still give: practically unlimited where it has no limit."""
+    try:
+        limit_bytes = int((folder / limit_name).read_text())
+        used_bytes = int((folder / used_name).read_text())
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such cgroup, or "max"
+        return sys.maxsize
+    # The page cache of files is given back before anything is killed: it is not use.
+    return limit_bytes - used_bytes + int(stat.get(cache_name, 0))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,123 @@
+"""The verdicts of one test: each criterion measured, recorded as it comes, and none forgotten."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from backends.contract import FaultRecord
+from qualification.criteria import Criterion
+
+Write = Callable[..., None]
+_NO_FAULT = "none was brought about"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One criterion, measured or not."""
+
+    criterion: Criterion
+    verdict: str
+    value: float | None
+    fault: FaultRecord | None
+    reason: str
+
+    def lines(self, repeat: str) -> list[str]:
+        """The four lines that a failure begins with."""
+        value = "nothing" if self.value is None else f"{self.criterion.name} = {self.value:.6g} {self.criterion.unit}".strip()
+        because = f" ({self.reason})" if self.reason else ""
+        return [
+            f"promised: {self.criterion.promise}",
+            f"measured: {value}, limit {self.criterion.limit_text}{because}",
+            f"fault:    {describe(self.fault)}",
+            f"repeat:   {repeat}",
+        ]
+
+
+def describe(fault: FaultRecord | None) -> str:
+    """Say in a line what a fault was."""
+    if fault is None:
+        return _NO_FAULT
+    how = fault.provenance.value if fault.provenance else "never fired"
+    detail = f"; {fault.detail}" if fault.detail else ""
+    return (
+        f"{how}: {fault.points_seen} points seen, {fault.faults_fired} fired, {fault.absorbed} absorbed{detail}"
+    ).replace("\n", " ")
+
+
+@dataclass
+class Judge:
+    """Takes the measured values of one test. Every criterion of the test has to be judged exactly once."""
+
+    test: str
+    criteria: list[Criterion]
+    write: Write
+    verdicts: list[Verdict] = field(default_factory=list)
+    evidence: list[str] = field(default_factory=list)
+
+    def __call__(
+        self,
+        name: str,
+        value: float,
+        *,
+        fault: FaultRecord | None = None,
+        series: Mapping[str, list[tuple[float, float]]] | None = None,
+    ) -> None:
+        """Judge one criterion and record it at once. A given fault that never fired is a failure, whatever the value."""
+        criterion = self._open(name)
+        value = float(value)
+        reason = ""
+        passed = criterion.holds(value)
+        if not math.isfinite(value):
+            passed, reason = False, f"the value is {value}"
+        if fault is not None and fault.faults_fired < 1:
+            absorbed = "the runtime absorbed it" if fault.absorbed else "it never fired"
+            passed, reason = False, f"the fault proves nothing: {absorbed}"
+        self._add(Verdict(criterion, "pass" if passed else "fail", value, fault, reason), series)
+
+    def say(self, line: str) -> None:
+        """Add a line of evidence, shown when the test fails."""
+        self.evidence.append(line)
+
+    @property
+    def failed(self) -> list[Verdict]:
+        """The verdicts that failed."""
+        return [each for each in self.verdicts if each.verdict == "fail"]
+
+    @property
+    def unjudged(self) -> list[Criterion]:
+        """The criteria that have no verdict yet."""
+        judged = {each.criterion.name for each in self.verdicts}
+        return [each for each in self.criteria if each.name not in judged]
+
+    def end(self, verdict: str, reason: str) -> None:
+        """Give every criterion that has none this verdict, with the reason."""
+        for criterion in self.unjudged:
+            self._add(Verdict(criterion, verdict, None, None, reason), None)
+
+    def _open(self, name: str) -> Criterion:
+        for criterion in self.unjudged:
+            if criterion.name == name:
+                return criterion
+        names = ", ".join(each.name for each in self.criteria)
+        raise ValueError(f"{self.test} has no open criterion {name!r}: it has {names}, and each is judged once")
+
+    def _add(self, verdict: Verdict, series: Mapping[str, Any] | None) -> None:
+        self.verdicts.append(verdict)
+        fault = verdict.fault
+        self.write(
+            test=self.test,
+            criterion=verdict.criterion.name,
+            verdict=verdict.verdict,
+            value=verdict.value,
+            limit=verdict.criterion.limit,
+            unit=verdict.criterion.unit,
+            provenance=fault.provenance.value if fault and fault.provenance else None,
+            points_seen=fault.points_seen if fault else 0,
+            faults_fired=fault.faults_fired if fault else 0,
+            absorbed=fault.absorbed if fault else 0,
+            reason=verdict.reason,
+            series=series,
+        )

@@ -1,0 +1,63 @@
+"""Whether Plimsoll can run on this machine at all. Standard library only: nothing is installed yet when it is asked.
+
+It loads on a Python older than the oldest supported one, since it has to in order to refuse it.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+MINIMUM_PYTHON = (3, 11)
+#: Below this much free disk nothing is started: spools, records and environments are written.
+MINIMUM_FREE_DISK_BYTES = 2 * 1024**3
+
+
+def refusal() -> str | None:
+    """Say why nothing can run on this machine, or None where it can."""
+    return python_refusal() or system_refusal()
+
+
+def python_refusal(minimum: tuple[int, ...] = MINIMUM_PYTHON) -> str | None:
+    """Say why this Python is not enough, or None where it is."""
+    if sys.version_info >= minimum:
+        return None
+    return f"Python {'.'.join(map(str, minimum))} or newer is needed; this is {platform.python_version()}"
+
+
+def system_refusal() -> str | None:
+    """Say why this operating system or processor is not supported, or None where it is."""
+    system, machine = platform.system(), platform.machine()
+    if (system, machine) != ("Linux", "x86_64"):
+        return f"Linux on x86-64 is needed (real limits and faults are brought about there); this is {system} {machine}"
+    if glibc_version() is None:
+        return "the GNU C library is needed (the runtimes' wheels are built for it); this system has another"
+    return None
+
+
+def glibc_version() -> str | None:
+    """Read the version of the GNU C library, such as "2.36"; None where the C library is another."""
+    try:
+        name, _, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").partition(" ")
+    except (ValueError, OSError):
+        return None
+    return version if name == "glibc" else None
+
+
+def disk_refusal(folder: Path, minimum_bytes: int = MINIMUM_FREE_DISK_BYTES) -> str | None:
+    """Say why the disk that holds this folder is too full, or None where it is not."""
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes >= minimum_bytes:
+        return None
+    return f"{gib(minimum_bytes)} of free disk is needed; {folder} has {gib(free_bytes)}"
+
+
+def gib(size_bytes: int) -> str:
+    """Write a size in GiB, rounded down: what is free is never overstated."""
+    return f"{int(size_bytes / 1024**3 * 10) / 10:g} GiB"

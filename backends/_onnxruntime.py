@@ -23,6 +23,7 @@ from backends.contract import (
     ArmedFault,
     Availability,
     Backend,
+    BackendError,
     Capability,
     FaultPlan,
     FloatArray,
@@ -38,7 +39,7 @@ from backends.errors import classify
 from backends.faults import ballast, limits
 from backends.faults.plan import CountingFault
 from backends.host import available_bytes, host_memory
-from backends.model import BLOCK_MODEL, HOP_SAMPLES, N_MELS, PROBE_MODEL, ModelSpec
+from backends.model import BLOCK_MODEL, N_MELS, PROBE_MODEL, ModelSpec
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -114,6 +115,8 @@ class OrtModel(Model):
         self.window_frames, self.chunk_frames, self.vocabulary = frames, spec.chunk_frames, rows[2]
         self.context_samples = spec.context_samples
         self._path = path
+        #: What the arena holds for as long as the model is loaded.
+        self.weights_bytes = _working_set(path)[0]
 
     def run(self, features: FloatArray) -> FloatArray:
         """Run float32 [batch, window_frames, 80]."""
@@ -123,7 +126,8 @@ class OrtModel(Model):
         expected = (self.window_frames, N_MELS)
         if features.ndim != 3 or features.shape[1:] != expected or features.dtype != np.float32 or not len(features):
             raise ModelError(
-                f"features are {features.dtype} {list(features.shape)}: expected float32 [batch, {expected[0]}, {N_MELS}]"
+                f"features are {features.dtype} {list(features.shape)}: "
+                f"expected float32 [batch, {expected[0]}, {N_MELS}]"
             )
 
         def once() -> FloatArray:
@@ -135,14 +139,14 @@ class OrtModel(Model):
 
     def working_set_bytes(self, batch: int) -> int:
         """Say what the runtime's own profile measured, extended in proportion to the batch."""
-        fixed, per_item = _working_set(self._path)
+        _, fixed, per_item = _working_set(self._path)
         return fixed + per_item * batch
 
     def close(self) -> None:
         """Unload the model."""
         if self._session is not None:
             self._session = None
-            self._backend._unloaded()
+            self._backend._unloaded(self.weights_bytes)
 
 
 def _spec_of(session: ort.InferenceSession, path: Path) -> ModelSpec:
@@ -156,11 +160,11 @@ def _spec_of(session: ort.InferenceSession, path: Path) -> ModelSpec:
         raise ModelError(f"{path} has unusable metadata plimsoll.spec: {error}") from error
 
 
-_working_sets: dict[tuple[str, int, int], tuple[int, int]] = {}
+_working_sets: dict[tuple[str, int, int], tuple[int, int, int]] = {}
 
 
-def _working_set(path: Path) -> tuple[int, int]:
-    """Measure (fixed bytes, bytes for each item) of a run, from the runtime's profile of a throwaway session."""
+def _working_set(path: Path) -> tuple[int, int, int]:
+    """Measure (bytes of weights, fixed bytes of a run, bytes for each item), from a throwaway session's profile."""
     import onnxruntime as ort
 
     stat = path.stat()
@@ -179,15 +183,26 @@ def _working_set(path: Path) -> tuple[int, int]:
             session.run(None, {entry.name: np.zeros((batch, frames, N_MELS), np.float32)})
         events = json.loads(Path(session.end_profiling()).read_text())
     peaks: list[int] = []
-    peak = 0
+    peak = weights = highest = 0
     for event in sorted(events, key=lambda e: float(e.get("ts", 0)) + float(e.get("dur", 0))):
-        peak = max(peak, int(event.get("args", {}).get("mem_in_use_peak", 0)))
+        args = event.get("args", {})
         if event["name"] == "model_run":
             peaks.append(peak)
+            peak = 0
+        elif "mem_bytes_in_use" in args:
+            # As requested, where the runtime says it: its arena rounds up, here by another rule than under a cap.
+            in_use = int(args.get("mem_bytes_requested_in_use", args["mem_bytes_in_use"]))
+            before, highest = highest, int(args["mem_in_use_peak"])
+            if not before:
+                weights = in_use - int(args.get("mem_requested_in_use_delta", args["mem_in_use_delta"]))
+                before = highest
+            # What the kernel took and gave back while it ran.
+            workspace = highest - int(args["mem_bytes_in_use"]) if highest > before else 0
+            peak = max(peak, in_use + workspace)
     if len(peaks) != len(batches) or not peaks[0]:
-        raise ModelError(f"ONNX Runtime {ort.__version__} gives no memory figures in its profile: 1.28 or newer is needed")
+        raise ModelError(f"ONNX Runtime {ort.__version__} gives no memory figures in its profile: 1.28 or newer has them")
     per_item = max(0, (peaks[1] - peaks[0]) // (batches[1] - batches[0]))
-    _working_sets[key] = (max(0, peaks[0] - per_item), per_item)
+    _working_sets[key] = (weights, max(0, peaks[0] - weights - per_item), per_item)
     return _working_sets[key]
 
 
@@ -201,7 +216,7 @@ def quiet_options() -> Any:
     # One thread: requests repeat exactly from run to run, and so do results.
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
-    # No planned block: each tensor is a request of its own, and memory that is too fragmented for one plan still serves.
+    # No planned block: each tensor is a request of its own, and memory too fragmented for one plan still serves.
     options.enable_mem_pattern = False
     return options
 
@@ -220,7 +235,7 @@ class OrtBackend(Backend):
         self._block_session: ort.InferenceSession | None = None
         self._probe_session: ort.InferenceSession | None = None
         self._held_bytes = 0
-        self._working_set_bytes = 0
+        self._weights_bytes = self._working_set_bytes = 0
         self._models = 0
         #: Shared with the fallback, so that a plan reaches it too.
         self._faults: list[CountingFault] = []
@@ -260,10 +275,10 @@ class OrtBackend(Backend):
         return session
 
     def memory(self) -> MemoryReading:
-        """Estimate: what is held through bound outputs, plus the working set of the last run. It says so."""
+        """Estimate: bound outputs that are held, weights, and the working set of the last run. It says so."""
         total = host_memory().total_bytes
-        used = self._held_bytes + (self._working_set_bytes if self._models else 0)
-        source = "estimate: bound outputs held, plus the profiled working set of the last run"
+        used = self._held_bytes + self._weights_bytes + (self._working_set_bytes if self._models else 0)
+        source = "estimate: bound outputs held, weights, and the working set of the last run as profiled"
         return MemoryReading(used, used, self._limit_bytes, total, "process", False, source)
 
     def allocate(self, size_bytes: int) -> Allocation:
@@ -285,9 +300,10 @@ class OrtBackend(Backend):
         with self._lock:
             self._held_bytes += change_bytes
 
-    def _unloaded(self) -> None:
+    def _unloaded(self, weights_bytes: int) -> None:
         with self._lock:
             self._models -= 1
+            self._weights_bytes -= weights_bytes
 
     def release_cached(self) -> int:
         """Shrink the arena and trim the heap."""
@@ -330,11 +346,16 @@ class OrtBackend(Backend):
                 self._prove_limit(limit_bytes)
             except BaseException:
                 self._limit_bytes, self._block_session = before, None
+                if before is not None:
+                    self._register_limit(before)
                 raise
 
     def _prove_limit(self, limit_bytes: int) -> None:
         self.allocate(limit_bytes // 2 // 4 * 4).free()
         self.release_cached()
+        self._prove_refusal(limit_bytes)
+
+    def _prove_refusal(self, limit_bytes: int) -> None:
         try:
             self.allocate(limit_bytes + MIB).free()
         except Exception as error:
@@ -363,23 +384,31 @@ class OrtBackend(Backend):
         try:
             _working_set(path)
         except Exception as error:
-            if classify(error).is_oom or isinstance(error, ModelError | OSError):
+            if classify(error).is_oom or isinstance(error, BackendError | OSError):
                 raise
             raise ModelError(f"{path} does not load: {type(error).__name__}: {str(error)[:300]}") from error
 
     def _load(self, path: Path) -> Model:
         try:
-            model = OrtModel(self, self._session(path), path)
+            with self._lock:
+                if self._block_session is None:
+                    # Shrinking needs it, and it has to be there before memory is short.
+                    self._block_session = self._session(BLOCK_MODEL)
+                if self._limit_bytes is not None:
+                    # Weights are taken past the cap, and then what is left wraps around zero and the cap is gone.
+                    self.release_cached()
+                    self.allocate(max(4, _working_set(path)[0])).free()
+                    self.release_cached()
+                model = OrtModel(self, self._session(path), path)
+                if self._limit_bytes is not None:
+                    self._prove_refusal(self._limit_bytes)
+                self._models += 1
+                self._weights_bytes += model.weights_bytes
+                return model
         except Exception as error:
-            if classify(error).is_oom or isinstance(error, ModelError):
+            if classify(error).is_oom or isinstance(error, BackendError):
                 raise
             raise ModelError(f"{path} does not load: {type(error).__name__}: {str(error)[:300]}") from error
-        with self._lock:
-            self._models += 1
-            if self._block_session is None:
-                # Shrinking needs it, and it has to be there before memory is short.
-                self._block_session = self._session(BLOCK_MODEL)
-        return model
 
     # Faults.
 
@@ -455,7 +484,7 @@ class OrtBackend(Backend):
             self.release_cached()
             pieces = ballast.fill(self.allocate, (_CACHE_PIECE_BYTES,))
             if site is Site.DEVICE_CACHE:
-                # Free again, and kept by the arena in regions of that size: nothing larger fits until they are released.
+                # Free again, and kept by the arena in regions of that size: nothing larger fits until it is released.
                 ballast.free(pieces)
             else:
                 _make_garbage(pieces)

@@ -12,10 +12,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from typing import Any, ClassVar
 
 from backends._onnxruntime import OrtBackend, quiet_options
-from backends.contract import YES, Backend, Capability, no
+from backends.contract import YES, Backend, BackendError, Capability, no
 
 _SESSION_DOCS = "https://onnxruntime.ai/docs/get-started/with-c.html#share-allocators-between-sessions"
 
@@ -46,6 +47,9 @@ class Cpu(OrtBackend):
         ),
     }
 
+    #: Whose arena new sessions get: the runtime has one registration for the process, and the last replaces it.
+    _registered: ClassVar[weakref.ref[Cpu] | None] = None
+
     def __init__(self, bounded: bool = True) -> None:
         """Make the device (bounded once ``limit_memory`` was called), or with ``bounded=False`` the fallback."""
         super().__init__()
@@ -54,6 +58,11 @@ class Cpu(OrtBackend):
     def _options(self) -> Any:
         options = quiet_options()
         if self._limit_bytes is not None:
+            if Cpu._registered is None or Cpu._registered() is not self:
+                raise BackendError(
+                    f"another device in this process was given a memory limit after this one's {self._limit_bytes} "
+                    "bytes, and new sessions would share that one: call limit_memory again"
+                )
             options.add_session_config_entry("session.use_env_allocators", "1")
         elif self.device == "cpu":
             # The fallback runs when memory is short: it keeps none of it between runs.
@@ -66,6 +75,7 @@ class Cpu(OrtBackend):
         info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
         # 1 is kSameAsRequested: regions as large as what was asked for, so that the cap is exact and shrinking works.
         ort.create_and_register_allocator(info, ort.OrtArenaCfg(limit_bytes, 1, -1, -1))
+        Cpu._registered = weakref.ref(self)
 
     def fallback(self) -> Backend:
         """Give an unbounded session's backend; it shares the plans that are armed at the host's memory."""

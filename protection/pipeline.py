@@ -490,11 +490,20 @@ class DictationPipeline:
 
     def _relieve(self) -> None:
         """Act once on each level that was newly reached, and tell when it is over."""
-        for name, pressure in (("device", self._device_pressure), ("host", self._host_pressure)):
-            level, before = pressure.level, self._relieved[name]
+        readings: tuple[tuple[str, Pressure, Callable[[], MemoryReading]], ...] = (
+            ("device", self._device_pressure, self._engine.device_memory),
+            ("host", self._host_pressure, host_memory),
+        )
+        for name, pressure, read in readings:
+            before = self._relieved[name]
+            if pressure.level == before:
+                continue
+            with self._wake:
+                # Read again: what was seen may have been over within one inference, and a fallback is not free.
+                level = pressure.update(read().fraction)
+            self._relieved[name] = level
             if level == before:
                 continue
-            self._relieved[name] = level
             share = f"{pressure.fraction:.0%} of the {name}'s memory is in use"
             if level < before:
                 if level is Level.NORMAL:

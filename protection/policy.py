@@ -56,7 +56,7 @@ class Policy:
         # The order is the ladder's, whatever order they are given in.
         object.__setattr__(self, "rungs", tuple(rung for rung in RUNGS if rung in self.rungs))
         shares = (self.return_below, self.warning, self.critical, self.emergency, self.shutdown)
-        if not (0 < shares[0] and all(a < b for a, b in zip(shares, shares[1:], strict=False)) and shares[-1] <= 1):
+        if not (shares[0] > 0 and all(a < b for a, b in zip(shares, shares[1:], strict=False)) and shares[-1] <= 1):
             raise PolicyError(
                 f"return_below, warning, critical, emergency, shutdown are {shares}: expected rising shares in (0, 1]"
             )

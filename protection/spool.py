@@ -251,7 +251,8 @@ class Spool:
 
     def forget(self, older_than_s: float, context_samples: int) -> int:
         """Delete answered audio stored more than ``older_than_s`` seconds ago, but the left context that the next
-        chunk needs. Returns the first sample that is still kept."""
+        chunk needs. Returns the first sample that is still kept.
+        """
         with self._lock, self._errors("write"):
             keep_from = self._answered - context_samples
             row = self._db.execute(

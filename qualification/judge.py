@@ -56,6 +56,8 @@ class Judge:
     write: Write
     verdicts: list[Verdict] = field(default_factory=list)
     evidence: list[str] = field(default_factory=list)
+    #: The last line of a failure, instead of the promises that were broken.
+    complaint: str = ""
 
     def __call__(
         self,

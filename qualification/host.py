@@ -1,0 +1,260 @@
+"""A subject in a process of its own, so that it can be killed, starved and watched from outside.
+
+    python -m qualification.host '{"subject": ..., "workdir": ..., ...}'
+
+It feeds the subject from the stream and writes a JSON line for each thing that happens: ``ready``, ``accepted``,
+``fault``, ``pressure``, ``shutdown``, ``done``. Exit statuses: 0 done; 70 the subject failed; 75 the subject shut itself
+down in an emergency, with what it had accepted kept (``EX_TEMPFAIL``: start it again on the same folder). It ends with
+the process that started it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import selectors
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+EXIT_DONE = 0
+EXIT_FAILED = 70
+EXIT_EMERGENCY = 75
+_ROOT = Path(__file__).resolve().parents[1]
+MB = 1_000_000
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a host process is to do. Positions are samples."""
+
+    subject: str
+    workdir: str
+    backend: str
+    model: str
+    audio: str
+    device_limit_bytes: int
+    #: Feed up to this position, in blocks of this size, with this pause after each call.
+    stop: int = 16_000
+    block_samples: int = 1_600
+    pause_s: float = 0.0
+    #: Answer everything before ending.
+    drain_s: float = 30.0
+    #: Plans to arm, as plain data, once the subject is ready.
+    faults: tuple[Mapping[str, Any], ...] = ()
+    #: Then cap host memory at what is held plus this, and fill it step by step until the subject shuts down.
+    starve_headroom_bytes: int = 0
+    policy: Mapping[str, Any] = field(default_factory=dict)
+
+
+def say(**what: Any) -> None:
+    """Write one line, at once."""
+    sys.stdout.write(json.dumps(what) + "\n")
+    sys.stdout.flush()
+
+
+def main(argv: list[str]) -> int:
+    """Run one job."""
+    from backends.faults.ballast import die_with_parent, volunteer_to_oom_killer
+    from backends.faults.limits import declare_expendable
+
+    parent = os.getppid()
+    die_with_parent()
+    volunteer_to_oom_killer()
+    declare_expendable()
+    if os.getppid() != parent:
+        return EXIT_FAILED
+    job = Job(**json.loads(argv[0]))
+    try:
+        return _run(job)
+    except Exception as error:
+        say(failed=f"{type(error).__name__}: {error}")
+        return EXIT_FAILED
+
+
+def _run(job: Job) -> int:
+    import backends
+    from backends.contract import FaultPlan
+    from qualification.audio import load_wav
+    from qualification.stream import Stream
+    from qualification.subject import SubjectContext, load_factory
+
+    backend = backends.create(job.backend)()
+    backend.limit_memory(job.device_limit_bytes)
+    context = SubjectContext(
+        workdir=Path(job.workdir),
+        backend=backend,
+        device=backend.device,
+        model_path=Path(job.model),
+        limits={"device_limit_bytes": job.device_limit_bytes},
+        policy=job.policy,
+    )
+    stream = Stream(load_wav(Path(job.audio)))
+    subject = load_factory(job.subject)(context)
+    # Positions go on where a killed run ended.
+    accepted = max((result.stop for result in subject.results()), default=0)
+    recovered = getattr(subject, "recovered", None)
+    if recovered is not None:
+        accepted = max(accepted, len(recovered()))
+    say(ready=True, accepted=accepted, process_ids=[*subject.process_ids()])
+    armed = [backend.arm(FaultPlan.from_json(plan)) for plan in job.faults]
+    status = EXIT_DONE
+    try:
+        stop = max(job.stop, accepted)
+        while accepted < stop:
+            accepted = subject.feed(accepted, stream[accepted : min(accepted + job.block_samples, stop)])
+            say(accepted=accepted)
+            if job.pause_s:
+                time.sleep(job.pause_s)
+        if job.starve_headroom_bytes:
+            status = _starve(job, subject, stream, accepted)
+        else:
+            subject.drain(job.drain_s)
+    except Exception as error:
+        # Shutting down in an emergency is what a subject may do; anything else is its failure.
+        if not _in_emergency(subject):
+            raise
+        say(refused=f"{type(error).__name__}: {error}")
+    if _in_emergency(subject):
+        status = EXIT_EMERGENCY
+    for fault in armed:
+        fault.disarm()
+        say(fault=fault.record().to_json())
+    say(events=[[event.kind, event.message] for event in subject.events()], metrics=dict(subject.metrics()))
+    subject.close()
+    backend.close()
+    say(done=status)
+    return status
+
+
+def _in_emergency(subject: Any) -> bool:
+    return any(event.kind == "emergency_shutdown" for event in subject.events())
+
+
+def _starve(job: Job, subject: Any, stream: Any, accepted: int) -> int:
+    """Fill host memory up to its limit, slowly enough for the subject to see it coming, while audio goes on."""
+    from backends.faults.limits import cap_host_memory
+    from backends.host import host_memory
+
+    subject.drain(job.drain_s)
+    limit = cap_host_memory(job.starve_headroom_bytes)
+    held: list[bytearray] = []
+    say(limit_bytes=limit)
+    fraction = host_memory().fraction
+    while not _in_emergency(subject):
+        # Coarse where nothing happens, fine where the last level is.
+        step = limit // (20 if fraction < 0.7 else 50 if fraction < 0.93 else 400)
+        try:
+            held.append(bytearray(b"\xa5") * step)
+        except MemoryError:
+            raise RuntimeError(f"the host refused ballast at {fraction:.1%}, and the subject did not shut down") from None
+        fraction = highest = host_memory().fraction
+        if fraction < 0.9:
+            accepted = subject.feed(accepted, stream[accepted : accepted + job.block_samples])
+            say(accepted=accepted)
+        # The subject's own monitor has to have a chance at each level, and what it takes itself counts as well.
+        deadline_s = time.monotonic() + (0.1 if fraction < 0.7 else 0.35)
+        while time.monotonic() < deadline_s and not _in_emergency(subject):
+            highest = max(highest, host_memory().fraction)
+            time.sleep(0.005)
+        say(pressure=highest)
+    say(shutdown=True)
+    held.clear()
+    return EXIT_EMERGENCY
+
+
+class Hosted:
+    """A host process, from the outside."""
+
+    def __init__(self, job: Job, log: Path) -> None:
+        """Start it; standard error goes to ``log``."""
+        self.job = job
+        self.lines: list[dict[str, Any]] = []
+        self._log = log
+        with log.open("ab") as stderr:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "qualification.host", json.dumps(dataclasses.asdict(job))],
+                cwd=_ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                # Ctrl-C is the test runner's to handle: it closes its hosts itself.
+                start_new_session=True,
+            )
+        self._pending = b""
+
+    def read(self, timeout_s: float) -> bool:
+        """Take in what was written within ``timeout_s``; False at the end of its output."""
+        assert self.process.stdout is not None
+        deadline_s = time.monotonic() + timeout_s
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            while (left_s := deadline_s - time.monotonic()) > 0:
+                if not selector.select(left_s):
+                    break
+                data = os.read(self.process.stdout.fileno(), 1 << 16)
+                if not data:
+                    return False
+                *whole, self._pending = (self._pending + data).split(b"\n")
+                self.lines += [json.loads(line) for line in whole]
+        return True
+
+    def wait_for(self, key: str, timeout_s: float) -> Any:
+        """Wait for a line with this key and give its value. Raises TimeoutError or RuntimeError, with what it said."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            found = self.last(key)
+            if found is not None:
+                return found
+            more = self.read(0.05)
+            if not more and self.last(key) is None:
+                raise RuntimeError(f"the host process ended without {key!r}: {self.said()}")
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"the host process said no {key!r} within {timeout_s} s: {self.said()}")
+
+    def last(self, key: str) -> Any:
+        """Give the value of the last line with this key, or None."""
+        return next((line[key] for line in reversed(self.lines) if key in line), None)
+
+    def all(self, key: str) -> list[Any]:
+        """Give the values of all lines with this key."""
+        return [line[key] for line in self.lines if key in line]
+
+    def end(self, timeout_s: float) -> int:
+        """Wait for its end; give the exit status, negative for a signal. Ends it itself at the deadline."""
+        deadline_s = time.monotonic() + timeout_s
+        while time.monotonic() < deadline_s and self.read(0.2):
+            pass
+        try:
+            return self.process.wait(max(0.1, deadline_s - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise TimeoutError(f"the host process did not end within {timeout_s} s: {self.said()}") from None
+
+    def kill(self) -> None:
+        """SIGKILL it, and take in what it had written."""
+        self.process.kill()
+        self.process.wait()
+        self.read(5.0)
+
+    def close(self) -> None:
+        """End it, whatever it is doing. A second call does nothing."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+    def said(self) -> str:
+        """Give the end of what it wrote, for a message."""
+        tail = self._log.read_text(errors="replace")[-600:] if self._log.exists() else ""
+        return f"{self.lines[-4:]} {tail}".strip()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

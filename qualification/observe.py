@@ -1,0 +1,63 @@
+"""What the tests look at in a subject, through its protocol alone."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qualification.stream import equivalent
+from qualification.subject import STRATEGIES, Event, Subject
+
+
+def counts(subject: Subject) -> Counter[str]:
+    """Count the events by kind."""
+    return Counter(event.kind for event in subject.events())
+
+
+def strategies(events: Sequence[Event]) -> list[str]:
+    """Give the recovery strategies among events, in order, each run of the same one once."""
+    order: list[str] = []
+    for event in events:
+        if event.kind in STRATEGIES and order[-1:] != [event.kind]:
+            order.append(str(event.kind))
+    return order
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Wait for a condition; say whether it came true in time."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def wait_for_event(subject: Subject, kind: str, more_than: int, timeout_s: float) -> bool:
+    """Wait until the subject told of more than so many events of a kind; say whether it did in time."""
+    return wait_until(lambda: counts(subject)[kind] > more_than, timeout_s)
+
+
+def quiesce(subject: Subject, timeout_s: float = 60.0) -> None:
+    """Bring the subject to rest: through its own ``quiesce`` where it has one, else by draining it."""
+    own = getattr(subject, "quiesce", None)
+    if own is not None:
+        own()
+    else:
+        subject.drain(timeout_s)
+
+
+def same_output(subject: Subject) -> Callable[[Any, Any], bool]:
+    """Give the subject's own comparison of outputs, or equality."""
+    return getattr(subject, "equivalent", equivalent)
+
+
+def recovered(subject: Subject) -> npt.NDArray[np.float32] | None:
+    """Give what a user could get back by hand, or None where the subject does not say."""
+    own = getattr(subject, "recovered", None)
+    return None if own is None else own()

@@ -1,0 +1,462 @@
+"""Memory protection: stress, fallback, device errors, emergency shutdown.
+
+    pytest tests/test_memory_protection.py -v -m "not slow"
+
+As a script it is the stress harness: ``python tests/test_memory_protection.py --help``.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+# A script has only its own folder on its path.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from backends.contract import Allocation, Backend, FaultPlan, FaultRecord, Provenance, Site
+from backends.errors import classify
+from qualification import leaks
+from qualification.host import MB, Hosted
+from qualification.judge import Judge
+from qualification.observe import counts, quiesce, recovered, same_output, wait_for_event
+from qualification.progress import Progress
+from qualification.sampling import Sample, Sampler, take
+from qualification.stream import Stream, unanswered, untiled, wrong
+from qualification.subject import METRIC_DEVICE_ERRORS, METRIC_OOMS, Result, Subject
+
+SECOND = 16_000
+SAMPLE_EVERY_S = 0.25
+NewBackend = Callable[[int], Backend]
+NewSubject = Callable[..., Subject]
+NewProgress = Callable[[float | None], Progress]
+Parameter = Callable[[str], float]
+Undisturbed = Callable[..., Sequence[Result]]
+
+
+def say_leak(judge: Judge, verdict: leaks.LeakVerdict) -> None:
+    """Give the evidence of a leak as the first lines of a failure."""
+    leaked = verdict.verdict == "leak"
+    judge.say("📊 Results:")
+    judge.say(f"  Leak detected: {leaked}")
+    judge.say(f"  Growth rate: {verdict.slope_bytes_per_s / MB:.3f} MB/s")
+    judge.say(f"  Total growth: {verdict.growth_bytes / MB:.1f} MB")
+    judge.say(f"  {verdict.reason}")
+    if leaked:
+        judge.complaint = "Memory leak detected!"
+
+
+def series_of(sampler: Sampler) -> dict[str, list[tuple[float, float]]]:
+    """Give the sampled memory as series of (seconds, bytes)."""
+    return {
+        name: [(float(t), float(value)) for t, value in zip(*sampler.series(name), strict=True)]
+        for name in ("rss_bytes", "heap_used_bytes", "device_used_bytes")
+    }
+
+
+def worst_leak(sampler: Sampler) -> leaks.LeakVerdict:
+    """Judge the exact counter and the catch-all; give the one that leaks, or the catch-all's verdict."""
+    verdicts = [leaks.judge(*sampler.series(name)) for name in ("rss_bytes", "heap_used_bytes")]
+    return next((each for each in verdicts if each.verdict == "leak"), verdicts[0])
+
+
+@pytest.mark.stress
+class TestMemoryStress:
+    """Does it hold its memory under load?"""
+
+    @pytest.mark.timeout(0)
+    def test_sustained_high_memory_usage(
+        self,
+        new_backend: NewBackend,
+        new_subject: NewSubject,
+        stream: Stream,
+        parameter: Parameter,
+        device_limit_bytes: int,
+        undisturbed: Undisturbed,
+        progress: NewProgress,
+        judge: Judge,
+    ) -> None:
+        """Memory leak detection under sustained 500MB load.
+
+        Pass criteria:
+        - Memory growth rate < 1 MB/s
+        - No leak detected after 60s
+        - Stable memory within ±10%
+        - Every answer right under load
+        """
+        held_bytes, duration_s = int(parameter("held_mb")) * MB, parameter("duration_s")
+        # Held and worked on, and still below the level of pressure at which a subject begins to give way.
+        backend = new_backend(int((held_bytes + device_limit_bytes) / 0.75))
+        subject = new_subject(backend)
+        pieces = 20
+        held = [backend.allocate(held_bytes // pieces) for _ in range(pieces)]
+        stops = [8 * SECOND]
+        stream.feed(subject, 0, stops[0])
+        quiesce(subject)
+
+        live, began_s, turn = progress(duration_s), time.monotonic(), 0
+        sampler = Sampler(subject.process_ids)
+        while (elapsed_s := time.monotonic() - began_s) < duration_s:
+            stops.append(stops[-1] + 8 * SECOND)
+            stream.feed(subject, stops[-2], stops[-1])
+            while time.monotonic() - began_s < elapsed_s + SAMPLE_EVERY_S:
+                # Worked on: one piece after another is given back and taken anew, every page written.
+                held[turn % pieces].free()
+                held[turn % pieces] = backend.allocate(held_bytes // pieces)
+                turn += 1
+            subject.drain(60)
+            quiesce(subject)
+            sample = sampler.sample(backend.memory().used_bytes)
+            t_s, rss = sampler.series("rss_bytes")
+            slope = leaks.judge(t_s, rss).slope_bytes_per_s if len(t_s) >= leaks.SAMPLES_MIN else None
+            live.update(sample.rss_bytes, slope, f"{turn} pieces of {held_bytes // pieces / MB:.0f} MB rewritten")
+        live.done()
+
+        verdict = worst_leak(sampler)
+        say_leak(judge, verdict)
+        catch_all = leaks.judge(*sampler.series("rss_bytes"))
+        judge("growth_rate", catch_all.slope_bytes_per_s / MB, series=series_of(sampler))
+        # Too few samples prove nothing, so they are no pass either.
+        judge("leak_detected", verdict.verdict != "no_leak")
+        judge("stability", catch_all.stability_fraction * 100)
+        results = subject.results()
+        for piece in held:
+            piece.free()
+        mistakes = wrong(results, undisturbed(*stops), same_output(subject)) + sum(untiled(results, stops[-1]))
+        judge("answers_wrong", mistakes)
+
+    def test_memory_allocation_stress(
+        self, backend: Backend, new_subject: NewSubject, stream: Stream, parameter: Parameter, judge: Judge
+    ) -> None:
+        """Rapid allocation/deallocation cycles (50MB × 100).
+
+        Fragmentation is the share by which the largest block that can be had shrank, with nothing held.
+
+        Pass criteria:
+        - All allocations complete
+        - Memory returns to baseline (within 16 MB)
+        - No fragmentation (largest block at most 5% smaller than at the start)
+        """
+        cycles, block_bytes = int(parameter("cycles")), int(parameter("block_mb")) * MB
+        subject = new_subject(backend)
+        chance = random.Random(1)
+        small: list[Allocation] = []
+        failed = 0
+
+        def cycle(position: int) -> int:
+            block = backend.allocate(block_bytes)
+            # Small blocks of many sizes outlive the large one, as they do in a program at work.
+            small.append(backend.allocate(chance.randrange(4_096, 400_000)))
+            if len(small) > 20:
+                small.pop(chance.randrange(len(small))).free()
+            accepted = stream.feed(subject, position, position + SECOND)
+            subject.drain(30)
+            block.free()
+            return accepted
+
+        def settle() -> Sample:
+            while small:
+                small.pop().free()
+            quiesce(subject)
+            backend.release_cached()
+            return take(subject.process_ids())
+
+        position = 0
+        for _ in range(5):
+            position = cycle(position)
+        before, largest_before = settle(), largest_block_bytes(backend)
+        for _ in range(cycles):
+            try:
+                position = cycle(position)
+            except Exception as error:
+                if not classify(error).is_oom:
+                    raise
+                failed += 1
+        after, largest_after = settle(), largest_block_bytes(backend)
+
+        judge("allocations_failed", failed)
+        judge("baseline_excess", max(0, after.rss_bytes - before.rss_bytes) / MB)
+        judge("fragmentation", 100 * (1 - largest_after / largest_before))
+
+    @pytest.mark.slow
+    def test_continuous_recording_memory_leak(
+        self,
+        backend: Backend,
+        new_subject: NewSubject,
+        stream: Stream,
+        parameter: Parameter,
+        progress: NewProgress,
+        judge: Judge,
+    ) -> None:
+        """Long-duration memory leak detection: one hour of recording, in real time.
+
+        Pass criteria:
+        - No leak detected
+        - Total growth < 100 MB
+        - No crash or OOM
+        - Every sample answered
+        """
+        duration_s, block = parameter("duration_s"), SECOND // 10
+        subject = new_subject(backend)
+        live, sampler, accepted, incidents = progress(duration_s), Sampler(subject.process_ids), 0, 0
+        began_s = sampled_s = time.monotonic()
+        every_s = min(10.0, duration_s / 60)
+        while (now_s := time.monotonic()) - began_s < duration_s:
+            due = int((now_s - began_s) * SECOND)
+            while accepted + block <= due:
+                accepted = subject.feed(accepted, stream[accepted : accepted + block])
+            if now_s - sampled_s >= every_s:
+                sampled_s = now_s
+                quiesce(subject)
+                sample = sampler.sample(backend.memory().used_bytes)
+                t_s, rss = sampler.series("rss_bytes")
+                slope = leaks.judge(t_s, rss).slope_bytes_per_s if len(t_s) >= leaks.SAMPLES_MIN else None
+                live.update(sample.rss_bytes, slope, f"{accepted / SECOND:.0f} s recorded")
+            # Real time: the next block has not been spoken yet.
+            time.sleep(max(0.0, (accepted + block) / SECOND - (time.monotonic() - began_s)))
+        subject.drain(60)
+        live.done()
+
+        told = counts(subject)
+        incidents = told["oom_detected"] + told["device_error"] + told["emergency_shutdown"]
+        verdict = worst_leak(sampler)
+        say_leak(judge, verdict)
+        judge("leak_detected", verdict.verdict != "no_leak", series=series_of(sampler))
+        t_s, rss = sampler.series("rss_bytes")
+        judge("total_growth", leaks.judge(t_s, rss).upper * float(t_s[-1] - t_s[0]) / MB)
+        judge("crashes_and_ooms", incidents)
+        judge("samples_unanswered", unanswered(subject.results(), accepted))
+
+
+def largest_block_bytes(backend: Backend) -> int:
+    """Find the largest block that the device can give, to 1 %, by asking for it."""
+    backend.release_cached()
+    low, high = 0, backend.memory().limit_bytes or backend.memory().total_bytes
+    while high - low > high // 100:
+        middle = (low + high) // 2
+        try:
+            backend.allocate(middle).free()
+            low = middle
+        except Exception as error:
+            if not classify(error).is_oom:
+                raise
+            high = middle
+        backend.release_cached()
+    return low
+
+
+@pytest.mark.oom
+class TestGPUFallback:
+    """Does it go on when the device has no memory?"""
+
+    def test_gpu_to_cpu_fallback_on_oom(
+        self, backend: Backend, new_subject: NewSubject, stream: Stream, undisturbed: Undisturbed, judge: Judge
+    ) -> None:
+        """Graceful fallback when GPU OOMs.
+
+        Pass criteria:
+        - OOM detected correctly
+        - CPU fallback succeeds
+        - Processing continues
+        - User notified
+        - Real-time factor after the fallback < 1
+        """
+        stops = (8 * SECOND, 40 * SECOND, 70 * SECOND)
+        expected = undisturbed(*stops)
+        subject = new_subject(backend)
+        stream.feed(subject, 0, stops[0])
+        subject.drain(60)
+        device = subject.device()
+        with backend.arm(FaultPlan(Site.DEVICE_MEMORY, times=None)) as fault:
+            stream.feed(subject, stops[0], stops[1])
+            subject.drain(60)
+            began_s = time.perf_counter()
+            stream.feed(subject, stops[1], stops[2])
+            subject.drain(60)
+            took_s = time.perf_counter() - began_s
+            record = fault.record()
+
+        results, told = subject.results(), counts(subject)
+        elsewhere = {result.device for result in results if result.start >= stops[1]} - {device}
+        judge("ooms_undetected", max(0, record.faults_fired - subject.metrics()[METRIC_OOMS]), fault=record)
+        judge("fallbacks", len(elsewhere), fault=record)
+        judge("answers_wrong", wrong(results, expected, same_output(subject)) + sum(untiled(results, stops[-1])))
+        judge("notifications", min(told["oom_detected"], told["cpu_fallback"]), fault=record)
+        judge("real_time_factor", took_s * SECOND / (stops[2] - stops[1]), fault=record)
+
+    def test_rapid_toggle_with_fallback(
+        self, backend: Backend, new_subject: NewSubject, stream: Stream, parameter: Parameter, judge: Judge
+    ) -> None:
+        """Recording toggles with GPU/CPU transitions (50 cycles).
+
+        Pass criteria:
+        - All toggles complete
+        - Every cycle goes to the CPU and back
+        - Memory cleaned between toggles (within 16 MB)
+        - No resource leaks
+        """
+        subject = new_subject(backend)
+        position, warm_up, cycles = 0, 5, int(parameter("cycles"))
+        fired = seen = toggled = 0
+        last = FaultRecord(0, 0, 0, None)
+
+        def cycle(position: int) -> int:
+            nonlocal fired, seen, toggled, last
+            returns = counts(subject)["returned_to_device"]
+            with backend.arm(FaultPlan(Site.DEVICE_MEMORY, times=None)) as fault:
+                position = stream.feed(subject, position, position + SECOND)
+                subject.drain(30)
+                last = fault.record()
+                fired, seen = fired + last.faults_fired, seen + last.points_seen
+            wait_for_event(subject, "returned_to_device", returns, 5)
+            toggled += (not subject.toggle()) + subject.toggle()
+            return position
+
+        for _ in range(warm_up):
+            position = cycle(position)
+        quiesce(subject)
+        before, told, fired, seen, toggled = take(subject.process_ids()), counts(subject), 0, 0, 0
+        for _ in range(cycles):
+            position = cycle(position)
+        quiesce(subject)
+        after, now = take(subject.process_ids()), counts(subject)
+
+        record = FaultRecord(seen, fired, 0, last.provenance, f"{cycles} faults; {last.detail}")
+        moved = sum(now[kind] - told[kind] for kind in ("cpu_fallback", "returned_to_device"))
+        judge("toggles_failed", 2 * cycles - toggled)
+        judge("transitions_missing", 2 * cycles - moved, fault=record)
+        judge("memory_excess", max(0, after.rss_bytes - before.rss_bytes) / MB)
+        left = [max(0, getattr(after, name) - getattr(before, name)) for name in ("descriptors", "threads", "children")]
+        judge("resources_left", sum(left))
+
+
+@pytest.mark.gpu
+@pytest.mark.recovery
+@pytest.mark.needs("device_error")
+class TestCUDAErrorRecovery:
+    """Does it get over an error of the device?"""
+
+    def test_cuda_error_recovery(
+        self, backend: Backend, new_subject: NewSubject, stream: Stream, judge: Judge
+    ) -> None:
+        """Recovery from CUDA errors.
+
+        Pass criteria:
+        - Error detected
+        - Recovery attempted
+        - GPU returns to operational state
+        """
+        subject = new_subject(backend)
+        with backend.arm(FaultPlan(Site.DEVICE_ERROR)) as fault:
+            stream.feed(subject, 0, 8 * SECOND)
+            subject.drain(60)
+            record = fault.record()
+        metrics = subject.metrics()
+        judge("errors_undetected", max(0, record.faults_fired - metrics[METRIC_DEVICE_ERRORS]), fault=record)
+        judge("recoveries", counts(subject)["recovered"], fault=record)
+        judge("device_healthy", backend.healthy().ok, fault=record)
+
+    def test_repeated_cuda_errors(
+        self, backend: Backend, new_subject: NewSubject, stream: Stream, undisturbed: Undisturbed, judge: Judge
+    ) -> None:
+        """Multiple CUDA error handling (3 errors).
+
+        Pass criteria:
+        - All errors handled
+        - CPU mode after three errors in a row
+        - GPU remains available
+        - No permanent damage
+        """
+        subject = new_subject(backend)
+        device = subject.device()
+        with backend.arm(FaultPlan(Site.DEVICE_ERROR, times=3)) as fault:
+            stream.feed(subject, 0, 8 * SECOND)
+            subject.drain(60)
+            record = fault.record()
+        results = subject.results()
+        handled = subject.metrics()[METRIC_DEVICE_ERRORS]
+        judge("errors_unhandled", max(0, 3 - min(handled, record.faults_fired)), fault=record)
+        judge("cpu_mode", any(result.device != device for result in results), fault=record)
+        judge("device_healthy", backend.healthy().ok, fault=record)
+        judge("answers_wrong", wrong(results, undisturbed(8 * SECOND), same_output(subject)), fault=record)
+
+
+@pytest.mark.recovery
+class TestEmergencyShutdown:
+    """Does it end in order, with everything kept, when there is no memory left to go on?"""
+
+    #: Host memory that the subject's process may take beyond what it holds when the fault begins.
+    HEADROOM_BYTES = 400 * MB
+
+    def starved(self, hosted: Callable[..., Hosted]) -> tuple[Hosted, int, FaultRecord]:
+        """Run a subject in a process whose memory is filled up; give it, its exit status and what was done to it."""
+        host = hosted(stop=8 * SECOND, starve_headroom_bytes=self.HEADROOM_BYTES)
+        status = host.end(100)
+        readings = host.all("pressure")
+        record = FaultRecord(
+            points_seen=len(readings),
+            faults_fired=int(max(readings, default=0.0) >= 0.8),
+            absorbed=0,
+            provenance=None,
+            detail=f"RLIMIT_DATA of {host.last('limit_bytes')} bytes, filled to {max(readings, default=0.0):.1%}",
+        )
+        return host, status, capped(record)
+
+    def test_emergency_shutdown_trigger(
+        self, hosted: Callable[..., Hosted], new_subject: NewSubject, tmp_path: Path, judge: Judge
+    ) -> None:
+        """Emergency shutdown on critical memory.
+
+        Pass criteria:
+        - Shutdown triggered at threshold (above 98%)
+        - Resources cleaned up
+        - Clean process exit (status 75)
+        """
+        temporary = set(Path(tempfile.gettempdir()).glob("plimsoll-*"))
+        host, status, record = self.starved(hosted)
+        left = {str(path) for path in Path(tempfile.gettempdir()).glob("plimsoll-*") if path not in temporary}
+        left |= {str(pid) for pid in host.last("process_ids") or [] if Path(f"/proc/{pid}").exists()}
+        left |= {str(path) for path in tmp_path.rglob("*") if path.name.endswith(("-wal", "-shm", "-journal", ".tmp"))}
+        judge.say(f"left behind: {sorted(left)}; the process said: {host.said()}")
+        at_shutdown = max(host.all("pressure"), default=0.0) if host.last("shutdown") else 0.0
+        judge("pressure_at_shutdown", 100 * at_shutdown, fault=record)
+        judge("left_behind", len(left))
+        judge("exit_status", status, fault=record)
+
+    def test_data_preservation_on_shutdown(
+        self, hosted: Callable[..., Hosted], backend: Backend, new_subject: NewSubject, stream: Stream, judge: Judge
+    ) -> None:
+        """Data saving during emergency shutdown.
+
+        Pass criteria:
+        - All buffered audio saved
+        - No sample loss
+        - Recovery possible
+        """
+        host, _, record = self.starved(hosted)
+        accepted = max(host.all("accepted"))
+        subject = new_subject(backend)
+        kept = recovered(subject)
+        if kept is None:
+            pytest.skip("not run: the subject has no recovered(), so what it kept cannot be compared")
+        subject.drain(60)
+        judge("samples_unsaved", max(0, accepted - len(kept)), fault=record)
+        judge("samples_different", stream.different(kept), fault=record)
+        judge("samples_unanswered", unanswered(subject.results(), len(kept)), fault=record)
+
+
+def capped(record: FaultRecord) -> FaultRecord:
+    """Mark a fault of a native limit, where it fired."""
+    return replace(record, provenance=Provenance.CAPPED if record.faults_fired else None)
+
+
+if __name__ == "__main__":
+    from qualification.stress import main
+
+    raise SystemExit(main())

@@ -1,0 +1,495 @@
+"""Recovery from running out of memory: detection, degradation, data, repeated failures, metrics.
+
+    pytest tests/test_oom_recovery.py -v
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import pytest
+
+from backends.contract import Backend, FaultPlan, FaultRecord, Provenance, Site
+from backends.errors import ErrorKind, classify
+from qualification.host import MB, Hosted
+from qualification.judge import Judge
+from qualification.observe import counts, recovered, same_output, strategies, wait_for_event, wait_until
+from qualification.progress import Progress
+from qualification.stream import Stream, unanswered, untiled, wrong
+from qualification.subject import (
+    METRIC_OOMS,
+    METRIC_RECOVERIES_ATTEMPTED,
+    METRIC_RECOVERIES_SUCCEEDED,
+    METRIC_RECOVERY_LATENCY_MAX,
+    STRATEGIES,
+    Event,
+    Result,
+    Subject,
+)
+
+SECOND = 16_000
+NewBackend = Callable[[int], Backend]
+NewSubject = Callable[..., Subject]
+NewProgress = Callable[[float | None], Progress]
+Parameter = Callable[[str], float]
+Undisturbed = Callable[..., Sequence[Result]]
+#: So much free device memory is enough for a small batch of the model that ships, and too little for a full one.
+SOME_BYTES = 16 * MB
+
+
+def total(records: Sequence[FaultRecord]) -> FaultRecord:
+    """Add up what became of several faults; one that never fired makes the whole unfired."""
+    fired = sum(record.faults_fired for record in records)
+    if any(record.faults_fired == 0 for record in records):
+        fired = 0
+    provenance = next((record.provenance for record in records if record.provenance), None)
+    detail = f"{len(records)} faults, each fired {[record.faults_fired for record in records]} times"
+    return FaultRecord(
+        sum(record.points_seen for record in records),
+        fired,
+        sum(record.absorbed for record in records),
+        provenance if fired else None,
+        detail,
+    )
+
+
+@pytest.mark.oom
+class TestOOMDetection:
+    """Does it notice, and say so?"""
+
+    def test_oom_detection(self, backend: Backend, new_subject: NewSubject, stream: Stream, judge: Judge) -> None:
+        """OOM condition detection.
+
+        Pass criteria:
+        - OOM detected on impossible allocation
+        - Appropriate error raised
+        - Counter incremented
+        """
+        raised: Exception | None = None
+        try:
+            backend.allocate(2 * (backend.memory().limit_bytes or 0))
+        except Exception as error:
+            raised = error
+        kind = classify(raised) if raised else ErrorKind.OTHER
+        text = f"{type(raised).__name__}: {str(raised)[-120:]}"
+        impossible = FaultRecord(1, int(raised is not None), 0, Provenance.CAPPED if raised else None, text)
+
+        subject = new_subject(backend)
+        before = subject.metrics()[METRIC_OOMS]
+        with backend.arm(FaultPlan(Site.DEVICE_MEMORY)) as fault:
+            stream.feed(subject, 0, 4 * SECOND)
+            subject.drain(60)
+            record = fault.record()
+        counted = subject.metrics()[METRIC_OOMS] - before
+        judge("ooms_undetected", not kind.is_oom, fault=impossible)
+        judge("errors_misclassified", kind is not ErrorKind.DEVICE_OOM, fault=impossible)
+        judge("ooms_uncounted", abs(record.faults_fired - counted), fault=record)
+
+    def test_oom_notification_system(
+        self, backend: Backend, new_subject: NewSubject, stream: Stream, judge: Judge
+    ) -> None:
+        """Telling the user of an OOM.
+
+        Pass criteria:
+        - User notified of every OOM
+        - Each notification says what happened, what was done, what it means
+        - Notified within 1 s of the OOM
+        """
+        subject, records, delays, untold = new_subject(backend), [], [], 0
+        for i in range(3):
+            before = counts(subject)["oom_detected"]
+            with backend.arm(FaultPlan(Site.DEVICE_MEMORY)) as fault:
+                stream.feed(subject, 4 * i * SECOND, 4 * (i + 1) * SECOND)
+                fired = wait_until(lambda fault=fault: fault.record().faults_fired > 0, 10)
+                fired_s = time.monotonic()
+                told = wait_for_event(subject, "oom_detected", before, 10)
+                delays.append(time.monotonic() - fired_s)
+                subject.drain(60)
+                records.append(fault.record())
+            untold += not (fired and told)
+        incomplete = sum(not (event.message and event.action and event.meaning) for event in subject.events())
+        judge("ooms_untold", untold, fault=total(records))
+        judge("notifications_incomplete", incomplete, fault=total(records))
+        judge("notification_delay", max(delays), fault=total(records))
+
+
+@pytest.mark.oom
+@pytest.mark.recovery
+class TestGracefulDegradation:
+    """Does it do the least that helps, in order?"""
+
+    def test_progressive_recovery_strategies(
+        self,
+        backend: Backend,
+        new_subject: NewSubject,
+        stream: Stream,
+        undisturbed: Undisturbed,
+        hosted: Callable[..., Hosted],
+        judge: Judge,
+    ) -> None:
+        """Recovery strategy progression: each OOM really needs one strategy more than the one before.
+
+        Pass criteria:
+        - Strategies tried in order
+        - Each further strategy needed once
+        - Recovery succeeds
+        - System operational
+        """
+        stages = (
+            # Only the runtime's own cache is in the way.
+            (FaultPlan(Site.DEVICE_CACHE), "cache_clear"),
+            # Garbage holds the memory: clearing the cache is not enough.
+            (FaultPlan(Site.DEVICE_GARBAGE), "garbage_collect"),
+            # Somebody else holds most of it: only a smaller batch fits.
+            (FaultPlan(Site.DEVICE_MEMORY, times=None, min_bytes=SOME_BYTES), "reduce_buffer"),
+            # Somebody else holds all of it.
+            (FaultPlan(Site.DEVICE_MEMORY, times=None), "cpu_fallback"),
+        )
+        step = 32 * SECOND
+        expected = undisturbed(*(step * (i + 1) for i in range(len(stages))))
+        subject = new_subject(backend)
+        device, records, tried = subject.device(), [], []
+        for i, (plan, _) in enumerate(stages):
+            seen = len(subject.events())
+            with backend.arm(plan) as fault:
+                stream.feed(subject, step * i, step * (i + 1))
+                subject.drain(60)
+                records.append(fault.record())
+                tried.append(strategies(first_recovery(subject.events()[seen:])))
+            wait_until(lambda: subject.device() == device, 5)
+        # And when not even the fallback finds memory: the last strategy, in a process of its own.
+        host = hosted(
+            "starved",
+            stop=4 * SECOND,
+            faults=(
+                FaultPlan(Site.DEVICE_MEMORY, times=None).to_json(),
+                FaultPlan(Site.HOST_MEMORY, times=None, min_bytes=256_000).to_json(),
+            ),
+        )
+        status = host.end(60)
+        told = [kind for kind, _ in host.last("events") or [] if kind in STRATEGIES]
+        tried.append(list(dict.fromkeys(told)))
+        records += [FaultRecord.from_json(each) for each in host.all("fault")]
+
+        needed = [*(stage[1] for stage in stages), "emergency_shutdown"]
+        judge.say(f"strategies tried at each stage: {tried}")
+        judge("out_of_order", sum(each != ordered(each) for each in tried), fault=total(records))
+        judge("not_needed", sum(each[-1:] != [last] for each, last in zip(tried, needed, strict=True)), fault=total(records))
+        judge("unrecovered", len(stages) - counts(subject)["recovered"] + (status != 75), fault=total(records))
+        judge("answers_wrong", wrong(subject.results(), expected, same_output(subject)), fault=total(records))
+
+    def test_buffer_reduction_on_pressure(
+        self, backend: Backend, new_subject: NewSubject, stream: Stream, undisturbed: Undisturbed, judge: Judge
+    ) -> None:
+        """A smaller buffer under pressure, before there is an OOM.
+
+        Pass criteria:
+        - Buffer reduced at 90% pressure
+        - No fallback while a smaller buffer is enough
+        - Processing continues
+        """
+        step = 32 * SECOND
+        expected = undisturbed(step, 2 * step)
+        subject = new_subject(backend)
+        stream.feed(subject, 0, step)
+        subject.drain(60)
+        reading = backend.memory()
+        # One block, so that the pressure is there at once: in steps, clearing the cache would keep it away.
+        ballast = backend.allocate(int(0.92 * device_limit(backend)) - reading.used_bytes)
+        wait_for_event(subject, "pressure_critical", 0, 10)
+        stream.feed(subject, step, 2 * step)
+        subject.drain(60)
+        told = counts(subject)
+        ballast.free()
+        judge("reductions", told["reduce_buffer"])
+        judge("fallbacks", told["cpu_fallback"])
+        judge("answers_wrong", wrong(subject.results(), expected, same_output(subject)))
+
+    def test_cpu_fallback_activation(
+        self, backend: Backend, new_subject: NewSubject, stream: Stream, undisturbed: Undisturbed, judge: Judge
+    ) -> None:
+        """The fallback under pressure, and the way back when the pressure is over.
+
+        Pass criteria:
+        - CPU fallback at 95% pressure
+        - Back on the device when the pressure is over
+        - Processing continues
+        """
+        step = 16 * SECOND
+        expected = undisturbed(step, 2 * step, 3 * step)
+        subject = new_subject(backend)
+        device = subject.device()
+        stream.feed(subject, 0, step)
+        subject.drain(60)
+        ballast = backend.allocate(int(0.97 * device_limit(backend)) - backend.memory().used_bytes)
+        wait_for_event(subject, "cpu_fallback", 0, 10)
+        stream.feed(subject, step, 2 * step)
+        subject.drain(60)
+        ballast.free()
+        wait_for_event(subject, "returned_to_device", 0, 10)
+        stream.feed(subject, 2 * step, 3 * step)
+        subject.drain(60)
+        results = subject.results()
+        on_fallback = [each for each in results if step <= each.start < 2 * step and each.device != device]
+        back = [each for each in results if each.start >= 2 * step and each.device == device]
+        judge("fallbacks", counts(subject)["cpu_fallback"] if on_fallback else 0)
+        judge("returns", counts(subject)["returned_to_device"] if back else 0)
+        judge("answers_wrong", wrong(results, expected, same_output(subject)))
+
+
+def device_limit(backend: Backend) -> int:
+    """Give the device memory that may be used, in bytes."""
+    reading = backend.memory()
+    return reading.total_bytes if reading.limit_bytes is None else reading.limit_bytes
+
+
+def ordered(tried: Sequence[str]) -> list[str]:
+    """Give strategies in the order in which they have to be tried."""
+    return sorted(set(tried), key=STRATEGIES.index)
+
+
+def first_recovery(events: Sequence[Event]) -> list[Event]:
+    """Give the events from the first OOM to the end of its recovery."""
+    kinds = [str(event.kind) for event in events]
+    begin = kinds.index("oom_detected") if "oom_detected" in kinds else len(kinds)
+    end = kinds.index("recovered", begin) if "recovered" in kinds[begin:] else len(kinds)
+    return list(events[begin:end])
+
+
+@pytest.mark.oom
+@pytest.mark.recovery
+class TestDataPreservation:
+    """Is anything lost?"""
+
+    def test_audio_buffer_preservation(
+        self, backend: Backend, new_subject: NewSubject, stream: Stream, judge: Judge
+    ) -> None:
+        """Audio data preservation during OOM.
+
+        Pass criteria:
+        - All samples saved
+        - No data loss
+        - Audio quality maintained (bit for bit)
+        """
+        subject, stop = new_subject(backend), 40 * SECOND
+        with backend.arm(FaultPlan(Site.DEVICE_MEMORY, times=None)) as fault:
+            # Blocks of no round size, as a sound card gives them.
+            accepted = stream.feed(subject, 0, stop, block_samples=3_777)
+            subject.drain(60)
+            record = fault.record()
+        kept = recovered(subject)
+        if kept is None:
+            pytest.skip("not run: the subject has no recovered(), so what it kept cannot be compared")
+        judge("samples_lost", max(stop, accepted) - len(kept), fault=record)
+        judge("samples_unanswered", unanswered(subject.results(), stop), fault=record)
+        judge("samples_different", stream.different(kept), fault=record)
+
+    def test_transcription_state_preservation(
+        self, backend: Backend, new_subject: NewSubject, stream: Stream, undisturbed: Undisturbed, judge: Judge
+    ) -> None:
+        """Answers across an interruption: no gap and no duplicate after resume.
+
+        Pass criteria:
+        - No gap after resume
+        - No duplicate after resume
+        - Answers as without the interruption
+        """
+        stop = 90 * SECOND
+        expected = undisturbed(stop)
+        first = new_subject(backend)
+        with backend.arm(FaultPlan(Site.DEVICE_MEMORY, times=None)) as fault:
+            accepted = stream.feed(first, 0, 60 * SECOND)
+            # In the middle of its work: some is answered, some is not.
+            wait_until(lambda: 0 < len(first.results()), 10)
+            record = fault.record()
+            first.close()
+        second = new_subject(backend)
+        stream.feed(second, accepted, stop)
+        second.drain(60)
+        results = second.results()
+        gaps, overlaps = untiled(results, stop)
+        judge("gaps", gaps, fault=record)
+        judge("overlaps", overlaps, fault=record)
+        judge("answers_wrong", wrong(results, expected, same_output(second)), fault=record)
+
+    def test_kill_during_recording(
+        self,
+        hosted: Callable[..., Hosted],
+        backend: Backend,
+        new_subject: NewSubject,
+        stream: Stream,
+        parameter: Parameter,
+        progress: NewProgress,
+        judge: Judge,
+    ) -> None:
+        """SIGKILL of the recording process at random moments, then resume.
+
+        Pass criteria:
+        - Nothing acknowledged lost
+        - At most the one call in flight stored beyond
+        - Every stored sample bit for bit
+        - Results tile what was stored
+        """
+        chance = random.Random(int(parameter("seed")))
+        kills, block = int(parameter("kills")), SECOND // 10
+        lost = unexplained = different = untiled_places = killed = 0
+        acknowledged = 0
+        live = progress(None)
+        for i in range(kills):
+            host = hosted(stop=10_000 * SECOND, block_samples=block, pause_s=0.002)
+            # Most while it records; every fourth at any moment, start-up included.
+            if i % 4:
+                host.wait_for("ready", 30)
+                host.read(chance.uniform(0.01, 0.4))
+            else:
+                host.read(chance.uniform(0.05, 0.8))
+            host.kill()
+            killed += host.process.returncode == -9
+            acknowledged = max([acknowledged, *host.all("accepted")])
+            subject = new_subject(backend)
+            kept = recovered(subject)
+            if kept is None:
+                pytest.skip("not run: the subject has no recovered(), so what it kept cannot be compared")
+            lost = max(lost, acknowledged - len(kept))
+            unexplained = max(unexplained, len(kept) - acknowledged - block)
+            different += stream.different(kept)
+            subject.drain(60)
+            untiled_places += sum(untiled(subject.results(), len(kept)))
+            acknowledged = len(kept)
+            subject.close()
+            live.update(text=f"{i + 1} of {kills} kills, {acknowledged} samples kept")
+        live.done()
+        record = FaultRecord(kills, killed, 0, Provenance.KILLED if killed else None, f"seed {parameter('seed'):.0f}")
+        judge("samples_lost", max(0, lost), fault=record)
+        judge("samples_unexplained", max(0, unexplained), fault=record)
+        judge("samples_different", different, fault=record)
+        judge("gaps_and_overlaps", untiled_places, fault=record)
+
+
+@pytest.mark.oom
+@pytest.mark.recovery
+class TestMultipleOOMHandling:
+    """Does it survive the second one?"""
+
+    def test_consecutive_oom_recovery(
+        self, backend: Backend, new_subject: NewSubject, stream: Stream, parameter: Parameter, judge: Judge
+    ) -> None:
+        """Multiple OOM event handling (5 OOMs).
+
+        Pass criteria:
+        - All OOMs detected
+        - Recovery attempted for each
+        - Eventually falls back to CPU
+        """
+        subject, ooms, step = new_subject(backend), int(parameter("ooms")), 4 * SECOND
+        device, records = subject.device(), []
+        for i in range(ooms):
+            wait_until(lambda: subject.device() == device, 5)
+            # The memory comes back each time, but for the last.
+            times = 1 if i < ooms - 1 else None
+            with backend.arm(FaultPlan(Site.DEVICE_MEMORY, times=times)) as fault:
+                stream.feed(subject, i * step, (i + 1) * step)
+                subject.drain(60)
+                records.append(fault.record())
+        metrics = subject.metrics()
+        fired = sum(record.faults_fired for record in records)
+        last = [result.device for result in subject.results() if result.start >= (ooms - 1) * step]
+        judge("ooms_undetected", abs(fired - metrics[METRIC_OOMS]), fault=total(records))
+        judge("recoveries_missing", ooms - metrics[METRIC_RECOVERIES_ATTEMPTED], fault=total(records))
+        judge("cpu_mode", bool(last) and device not in last, fault=total(records))
+
+    def test_oom_during_recovery(
+        self,
+        backend: Backend,
+        new_subject: NewSubject,
+        stream: Stream,
+        hosted: Callable[..., Hosted],
+        judge: Judge,
+    ) -> None:
+        """OOM while recovering from one: every retry fails too, and at last even the fallback.
+
+        Pass criteria:
+        - Attempts bounded (at most 12)
+        - No livelock (an end within 30 s)
+        - Orderly end when even the fallback finds no memory (status 75)
+        - Nothing accepted lost
+        """
+        subject = new_subject(backend)
+        with backend.arm(FaultPlan(Site.DEVICE_MEMORY, times=None)) as fault:
+            stream.feed(subject, 0, 32 * SECOND)
+            subject.drain(60)
+            during = fault.record()
+        episodes = recoveries(subject.events())
+        host = hosted(
+            "starved",
+            stop=32 * SECOND,
+            faults=(
+                FaultPlan(Site.DEVICE_MEMORY, times=None).to_json(),
+                FaultPlan(Site.HOST_MEMORY, times=None, min_bytes=256_000).to_json(),
+            ),
+        )
+        status = host.end(60)
+        records = [FaultRecord.from_json(each) for each in host.all("fault")]
+        second = new_subject(backend, workdir="starved")
+        second.drain(60)
+        missing = unanswered(second.results(), max(host.all("accepted"), default=0))
+        missing += unanswered(subject.results(), 32 * SECOND)
+        judge("attempts", max(count for count, _ in episodes), fault=during)
+        judge("recovery_time", max(took_s for _, took_s in episodes), fault=during)
+        judge("exit_status", status, fault=total(records))
+        judge("samples_lost", missing, fault=total([during, *records]))
+
+
+def recoveries(events: Sequence[Event]) -> list[tuple[int, float]]:
+    """Give (strategies tried, seconds) from each OOM to the end of its recovery."""
+    marks = [i for i, event in enumerate(events) if event.kind == "oom_detected"]
+    found = []
+    for begin, end in pairwise([*marks, len(events)]):
+        episode = first_recovery(events[begin:end])
+        tried = sum(event.kind in STRATEGIES for event in episode)
+        found.append((tried, episode[-1].time_s - episode[0].time_s))
+    return found
+
+
+@pytest.mark.oom
+@pytest.mark.recovery
+class TestRecoveryMetrics:
+    """Do its own numbers tell the truth?"""
+
+    def test_recovery_success_rate(
+        self, backend: Backend, new_subject: NewSubject, stream: Stream, parameter: Parameter, judge: Judge
+    ) -> None:
+        """Recovery metrics over OOMs of every kind.
+
+        Pass criteria:
+        - Recovery success rate >= 95%
+        - Slowest recovery < 5 s
+        - Metrics agree with the faults that fired
+        """
+        subject, step, ooms = new_subject(backend), 16 * SECOND, int(parameter("ooms"))
+        plans = (
+            FaultPlan(Site.DEVICE_CACHE),
+            FaultPlan(Site.DEVICE_GARBAGE),
+            FaultPlan(Site.DEVICE_MEMORY),
+            FaultPlan(Site.DEVICE_MEMORY, times=None),
+        )
+        records = []
+        device = subject.device()
+        for i in range(ooms):
+            # A fault on the device needs the model there.
+            wait_until(lambda: subject.device() == device, 5)
+            with backend.arm(plans[i % len(plans)]) as fault:
+                stream.feed(subject, i * step, (i + 1) * step)
+                subject.drain(60)
+                records.append(fault.record())
+        metrics = subject.metrics()
+        attempted, succeeded = metrics[METRIC_RECOVERIES_ATTEMPTED], metrics[METRIC_RECOVERIES_SUCCEEDED]
+        told = counts(subject)
+        judge("success_rate", 100 * succeeded / attempted if attempted else 0.0, fault=total(records))
+        judge("recovery_time", metrics[METRIC_RECOVERY_LATENCY_MAX], fault=total(records))
+        miscounted = abs(attempted - told["oom_detected"]) + abs(succeeded - told["recovered"])
+        fewest = sum(record.faults_fired for record in records)
+        judge("miscounted", miscounted + max(0, fewest - metrics[METRIC_OOMS]), fault=total(records))

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -93,27 +94,10 @@ class OrtModel(Model):
         self._backend = backend
         self._session: ort.InferenceSession | None = session
         self.device = backend.device
-        inputs, outputs = session.get_inputs(), session.get_outputs()
-        found = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
-        expected = f"one input of type tensor(float) and shape [batch, frames, {N_MELS}] with a free batch"
-        shape = inputs[0].shape if len(inputs) == 1 else []
-        if len(shape) != 3 or inputs[0].type != "tensor(float)" or shape[2] != N_MELS or isinstance(shape[0], int):
-            raise ModelError(f"{path} has the inputs {found}: expected {expected}")
-        spec = _spec_of(session, path)
-        frames = shape[1] if isinstance(shape[1], int) else spec.window_frames
-        if frames != spec.window_frames:
-            raise ModelError(
-                f"{path} takes windows of {frames} frames: expected {spec.window_frames} "
-                f"({spec.context_frames} of left context and {spec.chunk_frames} of chunk; "
-                "a model says otherwise in its metadata, key plimsoll.spec)"
-            )
-        rows = outputs[0].shape
-        if len(outputs) != 1 or len(rows) != 3 or rows[1] != frames // 2 or not isinstance(rows[2], int):
-            outs = ", ".join(f"{o.name} {o.type} {o.shape}" for o in outputs)
-            raise ModelError(f"{path} has the outputs {outs}: expected one of shape [batch, {frames // 2}, vocabulary]")
-        self._input, self._output = inputs[0].name, outputs[0].name
-        self.window_frames, self.chunk_frames, self.vocabulary = frames, spec.chunk_frames, rows[2]
-        self.context_samples = spec.context_samples
+        shape = _shape_of(session, path)
+        self._input, self._output = shape.input_name, shape.output_name
+        self.window_frames, self.chunk_frames = shape.spec.window_frames, shape.spec.chunk_frames
+        self.vocabulary = shape.vocabulary
         self._path = path
         #: What the arena holds for as long as the model is loaded.
         self.weights_bytes = _working_set(path)[0]
@@ -149,6 +133,41 @@ class OrtModel(Model):
             self._backend._unloaded(self.weights_bytes)
 
 
+@dataclass(frozen=True)
+class _Shape:
+    """What a session's inputs and outputs say of the model."""
+
+    input_name: str
+    output_name: str
+    spec: ModelSpec
+    vocabulary: int
+
+
+def _shape_of(session: ort.InferenceSession, path: Path) -> _Shape:
+    """Check a session's inputs and outputs. Raises ModelError with what was found and what was expected."""
+    inputs, outputs = session.get_inputs(), session.get_outputs()
+    taken = inputs[0].shape if len(inputs) == 1 else []
+    if len(taken) != 3 or inputs[0].type != "tensor(float)" or taken[2] != N_MELS or isinstance(taken[0], int):
+        found = ", ".join(f"{i.name} {i.type} {i.shape}" for i in inputs)
+        raise ModelError(
+            f"{path} has the inputs {found}: "
+            f"expected one input of type tensor(float) and shape [batch, frames, {N_MELS}] with a free batch"
+        )
+    spec = _spec_of(session, path)
+    if isinstance(taken[1], int) and taken[1] != spec.window_frames:
+        raise ModelError(
+            f"{path} takes windows of {taken[1]} frames: expected {spec.window_frames} "
+            f"({spec.context_frames} of left context and {spec.chunk_frames} of chunk; "
+            "a model says otherwise in its metadata, key plimsoll.spec)"
+        )
+    given = outputs[0].shape
+    rows = spec.window_frames // 2
+    if len(outputs) != 1 or len(given) != 3 or given[1] != rows or not isinstance(given[2], int):
+        found = ", ".join(f"{o.name} {o.type} {o.shape}" for o in outputs)
+        raise ModelError(f"{path} has the outputs {found}: expected one of shape [batch, {rows}, vocabulary]")
+    return _Shape(inputs[0].name, outputs[0].name, spec, given[2])
+
+
 def _spec_of(session: ort.InferenceSession, path: Path) -> ModelSpec:
     """Read the model's own shape from its metadata; a model without it has the default windows."""
     text = session.get_modelmeta().custom_metadata_map.get("plimsoll.spec")
@@ -176,11 +195,10 @@ def _working_set(path: Path) -> tuple[int, int, int]:
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        entry = session.get_inputs()[0]
-        frames = entry.shape[1] if isinstance(entry.shape[1], int) else _spec_of(session, path).window_frames
+        shape = _shape_of(session, path)
         batches = (1, 3)
         for batch in batches:
-            session.run(None, {entry.name: np.zeros((batch, frames, N_MELS), np.float32)})
+            session.run(None, {shape.input_name: np.zeros((batch, shape.spec.window_frames, N_MELS), np.float32)})
         events = json.loads(Path(session.end_profiling()).read_text())
     peaks: list[int] = []
     peak = weights = highest = 0
@@ -200,7 +218,7 @@ def _working_set(path: Path) -> tuple[int, int, int]:
             workspace = highest - int(args["mem_bytes_in_use"]) if highest > before else 0
             peak = max(peak, in_use + workspace)
     if len(peaks) != len(batches) or not peaks[0]:
-        raise ModelError(f"ONNX Runtime {ort.__version__} gives no memory figures in its profile: 1.28 or newer has them")
+        raise ModelError(f"ONNX Runtime {ort.__version__} gives no memory figures in its profile: 1.28 or newer does")
     per_item = max(0, (peaks[1] - peaks[0]) // (batches[1] - batches[0]))
     _working_sets[key] = (weights, max(0, peaks[0] - weights - per_item), per_item)
     return _working_sets[key]
@@ -369,46 +387,41 @@ class OrtBackend(Backend):
 
     def load(self, path: Path) -> Model:
         """Load an ONNX file. Raises ModelError for what is not a usable acoustic model."""
-        self._prepare(path)
-        for fault in self._faults_at(Site.HOST_MEMORY):
-            if fault.strike():
-                with limits.no_host_memory(fault.plan.min_bytes):
-                    return self._watched(lambda: self._load(path), [fault])
-        return self._load(path)
-
-    @staticmethod
-    def _prepare(path: Path) -> None:
-        if not path.is_file():
-            raise ModelError(f"there is no model file {path}: expected an ONNX file")
-        # Measured beside the load, so that a run needs no second session at a time when memory is short.
         try:
-            _working_set(path)
+            with self._lock:
+                self._prepare(path)
+                for fault in self._faults_at(Site.HOST_MEMORY):
+                    if fault.strike():
+                        with limits.no_host_memory(fault.plan.min_bytes):
+                            return self._watched(lambda: self._load(path), [fault])
+                return self._load(path)
         except Exception as error:
             if classify(error).is_oom or isinstance(error, BackendError | OSError):
                 raise
             raise ModelError(f"{path} does not load: {type(error).__name__}: {str(error)[:300]}") from error
 
+    def _prepare(self, path: Path) -> None:
+        """Do what a load needs to be done while there is memory for it."""
+        if not path.is_file():
+            raise ModelError(f"there is no model file {path}: expected an ONNX file")
+        # Measured beside the load, so that a run needs no second session at a time when memory is short.
+        weights_bytes, _, _ = _working_set(path)
+        if self._block_session is None:
+            # Shrinking needs it.
+            self._block_session = self._session(BLOCK_MODEL)
+        if self._limit_bytes is not None:
+            # The runtime takes weights past its cap, and then what is left wraps around zero and the cap is gone.
+            self.release_cached()
+            self.allocate(max(4, weights_bytes)).free()
+            self.release_cached()
+
     def _load(self, path: Path) -> Model:
-        try:
-            with self._lock:
-                if self._block_session is None:
-                    # Shrinking needs it, and it has to be there before memory is short.
-                    self._block_session = self._session(BLOCK_MODEL)
-                if self._limit_bytes is not None:
-                    # Weights are taken past the cap, and then what is left wraps around zero and the cap is gone.
-                    self.release_cached()
-                    self.allocate(max(4, _working_set(path)[0])).free()
-                    self.release_cached()
-                model = OrtModel(self, self._session(path), path)
-                if self._limit_bytes is not None:
-                    self._prove_refusal(self._limit_bytes)
-                self._models += 1
-                self._weights_bytes += model.weights_bytes
-                return model
-        except Exception as error:
-            if classify(error).is_oom or isinstance(error, BackendError):
-                raise
-            raise ModelError(f"{path} does not load: {type(error).__name__}: {str(error)[:300]}") from error
+        model = OrtModel(self, self._session(path), path)
+        if self._limit_bytes is not None:
+            self._prove_refusal(self._limit_bytes)
+        self._models += 1
+        self._weights_bytes += model.weights_bytes
+        return model
 
     # Faults.
 
@@ -524,4 +537,3 @@ def _make_garbage(pieces: list[Allocation]) -> None:
     cycle.append(cycle)
     # Old objects: a young collection, which any allocation can trigger, would find the cycle at once.
     gc.collect()
-

@@ -23,7 +23,7 @@ FloatArray = npt.NDArray[np.float32]
 class Capability(enum.Enum):
     """What a backend can do, ever. The docstring of each is its definition; every adapter states each of them."""
 
-    def __new__(cls, value: str, definition: str) -> Capability:
+    def __new__(cls, value: str, definition: str = "") -> Capability:
         """Attach the definition to the member."""
         member = object.__new__(cls)
         member._value_ = value

@@ -39,7 +39,9 @@ _RUNTIME_TEXTS: tuple[tuple[re.Pattern[str], ErrorKind], ...] = tuple(
         (r"Available memory of \d+ is smaller than requested bytes of \d+", ErrorKind.DEVICE_OOM),
         # torch, CUDA runtime, cuBLAS, cuDNN, CTranslate2.
         (r"CUDA out of memory\. Tried to allocate", ErrorKind.DEVICE_OOM),
-        (r"CUDA (error: |failure 2: |failed with error )out of memory", ErrorKind.DEVICE_OOM),
+        (r"CUDA (driver error: |error: |failure 2: |failed with error )out of memory", ErrorKind.DEVICE_OOM),
+        # torch's handle table of expandable segments, when the device has nothing left to map.
+        (r"!handles_\.at\(i\) INTERNAL ASSERT FAILED", ErrorKind.DEVICE_OOM),
         (r"CUBLAS failure 3\b|CUBLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED", ErrorKind.DEVICE_OOM),
         # The host, as ONNX Runtime and torch say it.
         (r"Failed to allocate memory for requested buffer of size \d+", ErrorKind.HOST_OOM),
@@ -52,7 +54,7 @@ _RUNTIME_TEXTS: tuple[tuple[re.Pattern[str], ErrorKind], ...] = tuple(
             r"|misaligned address|an illegal instruction)",
             ErrorKind.DEVICE_STICKY,
         ),
-        (r"CUDA (error|failure)[: ]|CUBLAS_STATUS_|CUDNN_STATUS_", ErrorKind.DEVICE_ERROR),
+        (r"CUDA (driver error|error|failure)[: ]|CUBLAS_STATUS_|CUDNN_STATUS_", ErrorKind.DEVICE_ERROR),
     )
 )
 

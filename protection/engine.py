@@ -34,7 +34,10 @@ class Engine(Protocol):
         """Whether the fallback is in use."""
 
     def infer(self, features: FloatArray) -> FloatArray:
-        """Run float32 [batch, window_frames, 80]; give float32 [batch, rows, vocabulary]. Raises what the runtime raises."""
+        """Run float32 [batch, window_frames, 80]; give float32 [batch, rows, vocabulary].
+
+        Raises what the runtime raises.
+        """
 
     def release_cached(self) -> None:
         """Give cached memory back."""

@@ -55,7 +55,14 @@ class Ladder:
     """The rungs of one pipeline, climbed by the thread that does its work."""
 
     def __init__(
-        self, rungs: list[Rung], events: Events, metrics: Metrics, *, max_attempts: int, deadline_s: float, errors_in_a_row: int
+        self,
+        rungs: list[Rung],
+        events: Events,
+        metrics: Metrics,
+        *,
+        max_attempts: int,
+        deadline_s: float,
+        errors_in_a_row: int,
     ) -> None:
         """Climb ``rungs`` in order, with at most ``max_attempts`` tries in ``deadline_s`` seconds a recovery."""
         self._rungs = rungs
@@ -99,14 +106,17 @@ class Ladder:
             ErrorKind.HOST_OOM: "the host ran out of memory",
         }.get(failure.kind, "the device reported an error")
         self._events.tell(
-            kind, f"{what} ({failure.text})", "recovery begins", "nothing is lost: the recording goes on and answers follow"
+            kind,
+            f"{what} ({failure.text})",
+            "recovery begins",
+            "nothing is lost: the recording goes on and answers follow",
         )
         began_s = time.perf_counter()
         attempts = 0
         for rung in self._rungs:
             while rung.not_now() is None and not self._skips(rung):
                 if attempts >= self._max_attempts or time.perf_counter() - began_s > self._deadline_s:
-                    return self._give_up(failure, attempts, began_s)
+                    raise self._give_up(failure, attempts, began_s)
                 attempts += 1
                 outcome = self._climb(rung, work)
                 if not isinstance(outcome, Failure):
@@ -126,7 +136,7 @@ class Ladder:
                     raise NotOurs(failure.text)
                 if not rung.repeats:
                     break
-        return self._give_up(failure, attempts, began_s)
+        raise self._give_up(failure, attempts, began_s)
 
     def _skips(self, rung: Rung) -> bool:
         """So many device errors in a row mean the fallback, whatever else there would be to try."""
@@ -152,6 +162,6 @@ class Ladder:
             self._metrics.add(f"{name}_successes")
         return outcome
 
-    def _give_up(self, failure: Failure, attempts: int, began_s: float) -> T:
+    def _give_up(self, failure: Failure, attempts: int, began_s: float) -> RecoveryFailed:
         self._metrics.took("recovery", time.perf_counter() - began_s)
-        raise RecoveryFailed(f"{failure.text}, after {attempts} attempts in {time.perf_counter() - began_s:.1f} s")
+        return RecoveryFailed(f"{failure.text}, after {attempts} attempts in {time.perf_counter() - began_s:.1f} s")

@@ -21,7 +21,7 @@ import backends
 from backends.contract import Backend, FloatArray, MemoryReading
 from backends.errors import classify
 from backends.host import host_memory
-from backends.model import SAMPLE_RATE_HZ
+from backends.model import N_MELS, SAMPLE_RATE_HZ
 from protection.engine import Engine, InProcessEngine
 from protection.events import Event, EventKind, Events
 from protection.features import log_mel
@@ -105,7 +105,7 @@ class DictationPipeline:
         try:
             if sample_rate_hz != SAMPLE_RATE_HZ:
                 raise AudioError(
-                    f"the sample rate is {sample_rate_hz} Hz, the model needs {SAMPLE_RATE_HZ}: resample the audio first"
+                    f"the sample rate is {sample_rate_hz} Hz, the model needs {SAMPLE_RATE_HZ}: resample first"
                 )
             self._spool = Spool(folder, sample_rate_hz, self._policy.spool_limit_bytes)
         except BaseException:
@@ -259,7 +259,7 @@ class DictationPipeline:
     def _work(self) -> None:
         backoff_s = _STORAGE_BACKOFF_S[0]
         forget_at_s = 0.0
-        while self._shut_down is None:
+        while not self._is_shut_down():
             try:
                 self._relieve()
                 self._consider_return()
@@ -289,8 +289,11 @@ class DictationPipeline:
                 backoff_s = min(backoff_s * 2, _STORAGE_BACKOFF_S[1])
                 continue
             with self._wake:
-                if self._shut_down is None and not self._has_work():
+                if not self._is_shut_down() and not self._has_work():
                     self._wake.wait(self._policy.pressure_interval_s)
+
+    def _is_shut_down(self) -> bool:
+        return self._shut_down is not None
 
     def _has_work(self) -> bool:
         unanswered = self._spool.accepted - self._spool.answered
@@ -312,7 +315,7 @@ class DictationPipeline:
 
     def _compute(self, chunks: list[tuple[int, int]]) -> list[Result]:
         spec = self._engine.spec
-        features = np.empty((len(chunks), spec.window_frames, 80), np.float32)
+        features = np.empty((len(chunks), spec.window_frames, N_MELS), np.float32)
         for i, (start, stop) in enumerate(chunks):
             samples = np.zeros(spec.context_samples + spec.chunk_samples, np.float32)
             samples[: spec.context_samples + stop - start] = self._window(start, stop)

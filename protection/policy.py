@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, get_type_hints
 
 #: The recovery rungs, in the order in which they are tried.
@@ -56,7 +57,7 @@ class Policy:
         # The order is the ladder's, whatever order they are given in.
         object.__setattr__(self, "rungs", tuple(rung for rung in RUNGS if rung in self.rungs))
         shares = (self.return_below, self.warning, self.critical, self.emergency, self.shutdown)
-        if not (shares[0] > 0 and all(a < b for a, b in zip(shares, shares[1:], strict=False)) and shares[-1] <= 1):
+        if not (shares[0] > 0 and all(a < b for a, b in pairwise(shares)) and shares[-1] <= 1):
             raise PolicyError(
                 f"return_below, warning, critical, emergency, shutdown are {shares}: expected rising shares in (0, 1]"
             )

@@ -36,7 +36,9 @@ class Pressure:
         """Take a share used, 0.0 to 1.0 and above, and give the level now."""
         self.fraction = fraction
         reached = max((level for level, at in self._thresholds.items() if self._over(level, at)), default=Level.NORMAL)
-        if reached > self.level or (self.level > Level.NORMAL and fraction < self._thresholds[self.level] - self._hysteresis):
+        if reached > self.level or (
+            self.level > Level.NORMAL and fraction < self._thresholds[self.level] - self._hysteresis
+        ):
             self.level = reached
         return self.level
 

@@ -141,7 +141,13 @@ CRITERIA: tuple[Criterion, ...] = tuple(
     + _for(
         "test_oom_notification_system",
         ("ooms_untold", "==", 0, "OOMs", "User notified of every OOM"),
-        ("notifications_incomplete", "==", 0, "events", "Each notification says what happened, what was done, what it means"),
+        (
+            "notifications_incomplete",
+            "==",
+            0,
+            "events",
+            "Each notification says what happened, what was done, what it means",
+        ),
         ("notification_delay", "<", 1.0, "s", "Notified within 1 s of the OOM"),
     )
     + _for(
@@ -223,7 +229,10 @@ class Criteria:
     """The criteria and parameters of one run."""
 
     def __init__(
-        self, criteria: Iterable[Criterion] = CRITERIA, parameters: Iterable[Parameter] = PARAMETERS, source: str = "defaults"
+        self,
+        criteria: Iterable[Criterion] = CRITERIA,
+        parameters: Iterable[Parameter] = PARAMETERS,
+        source: str = "defaults",
     ) -> None:
         """Take the defaults, or what a file made of them; ``source`` is shown in the header."""
         self._criteria = {(each.test, each.name): each for each in criteria}

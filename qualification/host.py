@@ -3,9 +3,9 @@
     python -m qualification.host '{"subject": ..., "workdir": ..., ...}'
 
 It feeds the subject from the stream and writes a JSON line for each thing that happens: ``ready``, ``accepted``,
-``fault``, ``pressure``, ``shutdown``, ``done``. Exit statuses: 0 done; 70 the subject failed; 75 the subject shut itself
-down in an emergency, with what it had accepted kept (``EX_TEMPFAIL``: start it again on the same folder). It ends with
-the process that started it.
+``fault``, ``pressure``, ``shutdown``, ``done``. Exit statuses: 0 done; 70 the subject failed; 75 the subject shut
+itself down in an emergency, with what it had accepted kept (``EX_TEMPFAIL``: start it again on the same folder). It
+ends with the process that started it.
 """
 
 from __future__ import annotations
@@ -152,7 +152,9 @@ def _starve(job: Job, subject: Any, stream: Any, accepted: int) -> int:
         try:
             held.append(bytearray(b"\xa5") * step)
         except MemoryError:
-            raise RuntimeError(f"the host refused ballast at {fraction:.1%}, and the subject did not shut down") from None
+            raise RuntimeError(
+                f"the host refused ballast at {fraction:.1%}, and the subject did not shut down"
+            ) from None
         fraction = highest = host_memory().fraction
         if fraction < 0.9:
             accepted = subject.feed(accepted, stream[accepted : accepted + job.block_samples])

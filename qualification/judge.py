@@ -26,7 +26,11 @@ class Verdict:
 
     def lines(self, repeat: str) -> list[str]:
         """The four lines that a failure begins with."""
-        value = "nothing" if self.value is None else f"{self.criterion.name} = {self.value:.6g} {self.criterion.unit}".strip()
+        value = (
+            "nothing"
+            if self.value is None
+            else f"{self.criterion.name} = {self.value:.6g} {self.criterion.unit}".strip()
+        )
         because = f" ({self.reason})" if self.reason else ""
         return [
             f"promised: {self.criterion.promise}",
@@ -67,7 +71,10 @@ class Judge:
         fault: FaultRecord | None = None,
         series: Mapping[str, list[tuple[float, float]]] | None = None,
     ) -> None:
-        """Judge one criterion and record it at once. A given fault that never fired is a failure, whatever the value."""
+        """Judge one criterion and record it at once.
+
+        A given fault that never fired is a failure, whatever the value.
+        """
         criterion = self._open(name)
         value = float(value)
         reason = ""

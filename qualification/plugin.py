@@ -1,86 +1,36 @@
 """The pytest plugin: what is qualified, the fixtures of the tests, the verdicts, the records, and how a failure looks.
 
-Everything is done only once a qualification test is collected, one that uses the ``judge``: our own unit tests run under
-the same configuration and pay for none of it.
+Everything is done only once a qualification test is collected, one that uses the ``judge``: our own unit tests run
+under the same configuration and pay for none of it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
-import platform
 import shlex
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from importlib import metadata
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import backends
 from backends.contract import Backend, Capability, Unsupported
 from backends.model import DEFAULT_MODEL
-from qualification import __version__
-from qualification.audio import AudioError, load_wav
-from qualification.criteria import DEVICE_LIMIT, Criteria, CriteriaError, Criterion
+from qualification.criteria import DEVICE_LIMIT, Criterion
 from qualification.host import MB, Hosted, Job
 from qualification.judge import Judge
-from qualification.lock import DeviceLock, LockBusy
-from qualification.platform_check import disk_refusal, refusal
 from qualification.progress import Progress
-from qualification.records import RecordError, RecordWriter
+from qualification.run import DEFAULT_AUDIO, DEFAULT_RESULTS, Refused, Run, prepare
 from qualification.stream import Stream
-from qualification.subject import DEFAULT_SUBJECT, Result, Subject, SubjectContext, SubjectError, load_factory
+from qualification.subject import DEFAULT_SUBJECT, Result, Subject, SubjectContext
 
-ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_AUDIO = ROOT / "tests" / "data" / "speech.wav"
 #: A quick test that takes longer hangs. The sustained one, and the slow ones, have the two hours of the configuration.
 QUICK_TIMEOUT_S = 120
 _RUN = pytest.StashKey["Run"]()
 _JUDGE = pytest.StashKey[Judge]()
 _log = logging.getLogger("plimsoll")
-
-
-@dataclass
-class Run:
-    """One qualification: what is judged, on what, against which criteria, and where it is written."""
-
-    backend: type[Backend]
-    environment: str
-    runtime: str
-    subject_spec: str
-    factory: Callable[[SubjectContext], Subject]
-    model: Path
-    audio: Path
-    samples: Any
-    criteria: Criteria
-    lock: DeviceLock | None = None
-    records: RecordWriter | None = None
-    tests: list[str] = field(default_factory=list)
-
-    def header(self) -> list[str]:
-        """Say what is being qualified."""
-        seconds = len(self.samples) / 16_000
-        changed = ", ".join(f"{name} = {value:g}" for name, value in self.criteria.overridden.items())
-        return [
-            f"plimsoll {__version__}: qualifying {self.subject_spec}",
-            f"  on backend {self.backend.name} in environment {self.environment} ({self.runtime}, "
-            f"Python {platform.python_version()})",
-            f"  model {self.model.name} (sha256 {_digest(self.model)[:12]}), audio {self.audio.name} "
-            f"({seconds:.1f} s, sha256 {_digest(self.audio)[:12]})",
-            f"  criteria: {self.criteria.source}" + (f" with {changed}" if changed else ""),
-            f"  records: {self.records.path if self.records else 'none'}",
-        ]
-
-    def write(self, **fields: Any) -> None:
-        """Write a criterion's verdict to the records."""
-        if self.records is not None:
-            self.records.criterion(backend=self.backend.name, environment=self.environment, **fields)
 
 
 # Options and configuration.
@@ -94,7 +44,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--model", metavar="FILE.onnx", type=Path, default=DEFAULT_MODEL, help="acoustic model to load")
     group.addoption("--audio", metavar="FILE.wav", type=Path, default=DEFAULT_AUDIO, help="speech, 16 kHz mono 16-bit")
     group.addoption("--criteria", metavar="FILE.toml", type=Path, help="limits and parameters other than the defaults")
-    group.addoption("--results", metavar="FOLDER", type=Path, default=ROOT / "results", help="folder for the records")
+    group.addoption("--results", metavar="FOLDER", type=Path, default=DEFAULT_RESULTS, help="folder for the records")
     group.addoption("--lock-wait", metavar="SECONDS", type=float, default=0.0, help="queue behind another run so long")
 
 
@@ -124,67 +74,17 @@ def _expect_failure(item: pytest.Item, run: Run, needed: Sequence[Capability]) -
 
 def _prepare(config: pytest.Config) -> Run:
     """Check everything that was given, before anything runs."""
-    refused = refusal() or disk_refusal(ROOT)
-    if refused:
-        raise pytest.UsageError(refused)
     option = config.getoption
-    backend, runtime = _choose_backend(option("--backend"))
     try:
-        criteria_path = option("--criteria")
-        run = Run(
-            backend=backend,
-            environment=os.environ.get("PLIMSOLL_ENVIRONMENT") or _environment_of(backend.name),
-            runtime=runtime,
-            subject_spec=option("--subject"),
-            factory=load_factory(option("--subject")),
-            model=_checked_model(option("--model")),
+        return prepare(
+            backend=option("--backend"),
+            subject=option("--subject"),
+            model=option("--model"),
             audio=option("--audio"),
-            samples=load_wav(option("--audio")),
-            criteria=Criteria.load(criteria_path) if criteria_path else Criteria(),
+            criteria=option("--criteria"),
         )
-    except (SubjectError, AudioError, CriteriaError) as error:
+    except Refused as error:
         raise pytest.UsageError(str(error)) from error
-    _try_model(run)
-    return run
-
-
-def _choose_backend(name: str | None) -> tuple[type[Backend], str]:
-    if name is not None:
-        try:
-            chosen = backends.create(name)
-        except backends.UnknownBackend as error:
-            raise pytest.UsageError(f"--backend {name}: {error}") from error
-        availability = chosen.probe()
-        if not availability.available:
-            raise pytest.UsageError(f"--backend {name} cannot run here: {availability.reason}")
-        return chosen, availability.runtime
-    found = backends.available()
-    for declared, availability in found:
-        if availability.available:
-            return backends.create(declared.name), availability.runtime
-    reasons = "; ".join(f"{declared.name}: {availability.reason}" for declared, availability in found)
-    raise pytest.UsageError(f"no backend can run here, so nothing can be qualified: {reasons}")
-
-
-def _environment_of(name: str) -> str:
-    return next(each.environments[0] for each in backends.declared() if each.name == name)
-
-
-def _checked_model(path: Path) -> Path:
-    if not path.is_file():
-        raise pytest.UsageError(f"--model {path}: there is no such file; expected an acoustic model for the backend")
-    return path
-
-
-def _try_model(run: Run) -> None:
-    """A model that does not load is a usage error now, and not a failure of every test."""
-    backend = run.backend()
-    try:
-        backend.load(run.model).close()
-    except Exception as error:
-        raise pytest.UsageError(f"--model {run.model}: {error}") from error
-    finally:
-        backend.close()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -198,23 +98,17 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if not run.tests:
         return
     try:
-        run.lock = DeviceLock(run.backend.name, config.getoption("--lock-wait"))
-    except LockBusy as error:
+        run.take_lock(config.getoption("--lock-wait"))
+        path = run.begin_records(config.getoption("--results"))
+    except Refused as error:
         raise pytest.UsageError(str(error)) from error
-    folder = config.getoption("--results")
-    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-    path = folder / f"{run.environment}-{run.backend.name}-{stamp}-{os.getpid()}.jsonl"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        run.records = RecordWriter(path, _about(config, run))
-    except (OSError, RecordError) as error:
-        raise pytest.UsageError(f"--results {folder}: the records cannot be written: {error}") from error
     handler = logging.FileHandler(path.with_suffix(".log"), encoding="utf-8")
     handler.setFormatter(logging.Formatter(config.getini("log_format"), config.getini("log_date_format")))
     logger = logging.getLogger("plimsoll")
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
-    config.add_cleanup(lambda: (logger.removeHandler(handler), handler.close())[0])
+    config.add_cleanup(handler.close)
+    config.add_cleanup(partial(logger.removeHandler, handler))
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
@@ -226,9 +120,8 @@ def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Let the next run in."""
     run = config.stash.get(_RUN, None)
-    if run is not None and run.lock is not None:
-        run.lock.release()
-        run.lock = None
+    if run is not None:
+        run.release_lock()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -236,55 +129,6 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     run = session.config.stash.get(_RUN, None)
     if run is not None and run.records is not None:
         run.records.close()
-
-
-def _about(config: pytest.Config, run: Run) -> dict[str, Any]:
-    """The first line of the records."""
-    pins = ROOT / "constraints" / f"{run.environment}.txt"
-    names = ("onnxruntime", "torch", "numpy", "psutil", "pytest")
-    return {
-        "suite_version": __version__,
-        "suite_commit": _commit(),
-        "subject": run.subject_spec,
-        "backend": run.backend.name,
-        "environment": run.environment,
-        "runtime": run.runtime,
-        "machine": {
-            "system": platform.platform(),
-            "processors": os.cpu_count(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "python": platform.python_version(),
-        },
-        "driver": None,
-        "versions": {name: _version(name) for name in names if _version(name)},
-        "pins_sha256": _digest(pins) if pins.is_file() else None,
-        "model_sha256": _digest(run.model),
-        "audio_sha256": _digest(run.audio),
-        "criteria": {"source": run.criteria.source, "overridden": run.criteria.overridden},
-        "collected": run.tests,
-        "began": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, timeout=10, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
 
 
 # Verdicts.
@@ -310,32 +154,40 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> Iterator[None]:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Give what was not measured its verdict, and put the four lines first."""
-    report: pytest.TestReport = yield  # type: ignore[assignment, misc]  # the wrapper's result is the report
+    report = yield
     judge = item.stash.get(_JUDGE, None)
     run = item.config.stash.get(_RUN, None)
     if run is None or "judge" not in getattr(item, "fixturenames", ()):
-        return report  # type: ignore[return-value]
+        return report
     if judge is None:
         if call.excinfo is None:
-            return report  # type: ignore[return-value]
+            return report
         # It failed before its own judge was made.
         judge = item.stash[_JUDGE] = _judge_for(item, run)
     if call.excinfo is not None:
         text = f"{call.excinfo.typename}: {call.excinfo.value}".split("\n")[0][:300]
         if report.skipped:
-            reason = getattr(report, "wasxfail", "") or (report.longrepr[2] if isinstance(report.longrepr, tuple) else text)
+            reason = getattr(report, "wasxfail", "") or (
+                report.longrepr[2] if isinstance(report.longrepr, tuple) else text
+            )
             judge.end("not_run", str(reason).removeprefix("reason: "))
         else:
             judge.end("fail", f"the test ended before this was measured: {text}")
             # The promise says more than the traceback of the line that compared two numbers.
-            rest = f"AssertionError: {call.excinfo.value}" if call.excinfo.errisinstance(CriterionFailed) else report.longrepr
+            rest = (
+                f"AssertionError: {call.excinfo.value}"
+                if call.excinfo.errisinstance(CriterionFailed)
+                else report.longrepr
+            )
             report.longrepr = _with_four_lines(item, run, judge, rest)
     elif call.when == "call" and report.failed:
         # A strict expected failure that passed: the backend's "no" is stale.
         report.longrepr = f"{report.longrepr}\nthe backend can do this now: correct its capability statement"
-    return report  # type: ignore[return-value]
+    return report
 
 
 def _with_four_lines(item: pytest.Item, run: Run, judge: Judge, longrepr: Any) -> str:
@@ -381,7 +233,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture
 def judge(request: pytest.FixtureRequest) -> Judge:
     """Take the measured value of each of the test's criteria."""
-    return request.node.stash.setdefault(_JUDGE, _judge_for(request.node, request.config.stash[_RUN]))
+    judge: Judge = request.node.stash.setdefault(_JUDGE, _judge_for(request.node, request.config.stash[_RUN]))
+    return judge
 
 
 def _judge_for(item: pytest.Item, run: Run) -> Judge:
@@ -489,9 +342,7 @@ def undisturbed(
 
 
 @pytest.fixture
-def hosted(
-    request: pytest.FixtureRequest, tmp_path: Path, device_limit_bytes: int
-) -> Iterator[Callable[..., Hosted]]:
+def hosted(request: pytest.FixtureRequest, tmp_path: Path, device_limit_bytes: int) -> Iterator[Callable[..., Hosted]]:
     """Start the subject in a process of its own: ``hosted(workdir, stop=...)``; all are gone at the end."""
     run = request.config.stash[_RUN]
     made: list[Hosted] = []
@@ -520,7 +371,7 @@ def progress(request: pytest.FixtureRequest) -> Iterator[Callable[[float | None]
     reporter = request.config.pluginmanager.get_plugin("terminalreporter")
     capture = request.config.pluginmanager.get_plugin("capturemanager")
     made: list[Progress] = []
-    is_terminal = bool(reporter) and reporter.isatty
+    is_terminal = reporter is not None and reporter.isatty
     fresh = True
 
     def write(text: str) -> None:
@@ -539,4 +390,3 @@ def progress(request: pytest.FixtureRequest) -> Iterator[Callable[[float | None]
     yield start
     for each in made:
         each.done()
-

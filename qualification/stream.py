@@ -64,9 +64,7 @@ def equivalent(a: Any, b: Any) -> bool:
     return bool(np.array_equal(np.asarray(a), np.asarray(b)))
 
 
-def wrong(
-    results: Sequence[Result], reference: Sequence[Result], same: Callable[[Any, Any], bool] = equivalent
-) -> int:
+def wrong(results: Sequence[Result], reference: Sequence[Result], same: Callable[[Any, Any], bool] = equivalent) -> int:
     """Count the answers of the undisturbed run that are missing, cut elsewhere, or not the same."""
     found = {(result.start, result.stop): result.output for result in results}
     missing = object()

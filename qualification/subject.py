@@ -189,7 +189,9 @@ def load_factory(spec: str) -> Factory:
     except SubjectError:
         raise
     except Exception as error:
-        raise SubjectError(f"--subject {spec}: importing {module_name} failed: {type(error).__name__}: {error}") from error
+        raise SubjectError(
+            f"--subject {spec}: importing {module_name} failed: {type(error).__name__}: {error}"
+        ) from error
     factory = getattr(module, name, None)
     if not callable(factory):
         there = ", ".join(sorted(n for n, v in vars(module).items() if callable(v) and not n.startswith("_"))[:8])

@@ -342,9 +342,7 @@ class TestGPUFallback:
 class TestCUDAErrorRecovery:
     """Does it get over an error of the device?"""
 
-    def test_cuda_error_recovery(
-        self, backend: Backend, new_subject: NewSubject, stream: Stream, judge: Judge
-    ) -> None:
+    def test_cuda_error_recovery(self, backend: Backend, new_subject: NewSubject, stream: Stream, judge: Judge) -> None:
         """Recovery from CUDA errors.
 
         Pass criteria:

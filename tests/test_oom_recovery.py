@@ -1,6 +1,6 @@
 """Recovery from running out of memory: detection, degradation, data, repeated failures, metrics.
 
-    pytest tests/test_oom_recovery.py -v
+pytest tests/test_oom_recovery.py -v
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 import pytest
 
-from backends.contract import Backend, FaultPlan, FaultRecord, Provenance, Site
+from backends.contract import ArmedFault, Backend, FaultPlan, FaultRecord, Provenance, Site
 from backends.errors import ErrorKind, classify
 from qualification.host import MB, Hosted
 from qualification.judge import Judge
@@ -38,6 +39,11 @@ Parameter = Callable[[str], float]
 Undisturbed = Callable[..., Sequence[Result]]
 #: So much free device memory is enough for a small batch of the model that ships, and too little for a full one.
 SOME_BYTES = 16 * MB
+
+
+def has_fired(fault: ArmedFault) -> bool:
+    """Say whether a fault has fired."""
+    return fault.record().faults_fired > 0
 
 
 def total(records: Sequence[FaultRecord]) -> FaultRecord:
@@ -103,7 +109,7 @@ class TestOOMDetection:
             before = counts(subject)["oom_detected"]
             with backend.arm(FaultPlan(Site.DEVICE_MEMORY)) as fault:
                 stream.feed(subject, 4 * i * SECOND, 4 * (i + 1) * SECOND)
-                fired = wait_until(lambda fault=fault: fault.record().faults_fired > 0, 10)
+                fired = wait_until(partial(has_fired, fault), 10)
                 fired_s = time.monotonic()
                 told = wait_for_event(subject, "oom_detected", before, 10)
                 delays.append(time.monotonic() - fired_s)
@@ -177,7 +183,11 @@ class TestGracefulDegradation:
         needed = [*(stage[1] for stage in stages), "emergency_shutdown"]
         judge.say(f"strategies tried at each stage: {tried}")
         judge("out_of_order", sum(each != ordered(each) for each in tried), fault=total(records))
-        judge("not_needed", sum(each[-1:] != [last] for each, last in zip(tried, needed, strict=True)), fault=total(records))
+        judge(
+            "not_needed",
+            sum(each[-1:] != [last] for each, last in zip(tried, needed, strict=True)),
+            fault=total(records),
+        )
         judge("unrecovered", len(stages) - counts(subject)["recovered"] + (status != 75), fault=total(records))
         judge("answers_wrong", wrong(subject.results(), expected, same_output(subject)), fault=total(records))
 
@@ -303,7 +313,7 @@ class TestDataPreservation:
         with backend.arm(FaultPlan(Site.DEVICE_MEMORY, times=None)) as fault:
             accepted = stream.feed(first, 0, 60 * SECOND)
             # In the middle of its work: some is answered, some is not.
-            wait_until(lambda: 0 < len(first.results()), 10)
+            wait_until(lambda: len(first.results()) > 0, 10)
             record = fault.record()
             first.close()
         second = new_subject(backend)

@@ -1,0 +1,167 @@
+"""Subjects that are broken on purpose, one way each, made of the pipeline that ships."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import numpy as np
+
+from backends.errors import classify
+from protection import pipeline as ships
+from protection.engine import InProcessEngine
+from protection.events import EventKind, Events
+from protection.pipeline import DictationPipeline
+from protection.policy import Policy
+from protection.spool import FloatArray, Result, Spool
+
+healthy = ships.factory
+
+
+def _with(context: Any, **parts: Any) -> DictationPipeline:
+    """Make the pipeline with one of its parts replaced by a broken one."""
+    before = {name: getattr(ships, name) for name in parts}
+    for name, part in parts.items():
+        setattr(ships, name, part)
+    try:
+        return ships.factory(context)
+    finally:
+        for name, part in before.items():
+            setattr(ships, name, part)
+
+
+class _DroppingSpool(Spool):
+    """Acknowledges its third block and does not store it; what is missing reads as silence."""
+
+    appended = 0
+
+    def append(self, start: int, samples: FloatArray) -> int:
+        self.appended += 1
+        if self.appended == 3:
+            samples = np.zeros_like(samples)
+        return super().append(start, samples)
+
+
+def drops_a_block(context: Any) -> DictationPipeline:
+    return _with(context, Spool=_DroppingSpool)
+
+
+class _SilentEvents(Events):
+    """Does not tell the user about the fallback."""
+
+    def tell(self, kind: EventKind, message: str, action: str, meaning: str) -> None:
+        if kind is not EventKind.CPU_FALLBACK:
+            super().tell(kind, message, action, meaning)
+
+
+def falls_back_silently(context: Any) -> DictationPipeline:
+    return _with(context, Events=_SilentEvents)
+
+
+class _KeepingPipeline(DictationPipeline):
+    """Keeps a reference to every buffer that it was fed."""
+
+    def feed(self, start: int, block: FloatArray) -> int:
+        self.__dict__.setdefault("kept", []).append(block)
+        return super().feed(start, block)
+
+
+def keeps_every_buffer(context: Any) -> DictationPipeline:
+    return _with(context, DictationPipeline=_KeepingPipeline)
+
+
+class _ZeroingEngine(InProcessEngine):
+    """Takes an out-of-memory error for silence."""
+
+    def infer(self, features: FloatArray) -> FloatArray:
+        try:
+            return super().infer(features)
+        except Exception as error:
+            if not classify(error).is_oom:
+                raise
+            return np.zeros((len(features), self.spec.chunk_scores, 32), np.float32)
+
+
+def returns_zeros_on_oom(context: Any) -> DictationPipeline:
+    return _with(context, InProcessEngine=_ZeroingEngine)
+
+
+class _LateSpool(Spool):
+    """Acknowledges first and stores later: what it holds back is lost with the process."""
+
+    def append(self, start: int, samples: FloatArray) -> int:
+        late: list[tuple[int, FloatArray]] = self.__dict__.setdefault("late", [])
+        late.append((start, samples))
+        if len(late) == 8:
+            for held_start, held in late:
+                super().append(held_start, held)
+            late.clear()
+        return start + len(samples)
+
+
+def acknowledges_before_it_stores(context: Any) -> DictationPipeline:
+    return _with(context, Spool=_LateSpool)
+
+
+class _LeakyPipeline(DictationPipeline):
+    """Leaves a descriptor and a thread behind at each toggle."""
+
+    def toggle(self) -> bool:
+        os.open("/dev/null", os.O_RDONLY)
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+        return super().toggle()
+
+
+def leaks_at_each_toggle(context: Any) -> DictationPipeline:
+    return _with(context, DictationPipeline=_LeakyPipeline)
+
+
+class _UncountingPipeline(DictationPipeline):
+    """Forgets its out-of-memory errors."""
+
+    def metrics(self) -> dict[str, float]:
+        return {**super().metrics(), "oom_total": 0.0}
+
+
+def counts_no_ooms(context: Any) -> DictationPipeline:
+    return _with(context, DictationPipeline=_UncountingPipeline)
+
+
+class _HastyPipeline(DictationPipeline):
+    """Falls back at once, before it tries what costs less."""
+
+    def _make_ladder(self) -> Any:
+        ladder = super()._make_ladder()
+        ladder._rungs.reverse()
+        return ladder
+
+
+def falls_back_first(context: Any) -> DictationPipeline:
+    return _with(context, DictationPipeline=_HastyPipeline)
+
+
+class _RepeatingPipeline(DictationPipeline):
+    """Gives an answer twice after a resume."""
+
+    def results(self) -> list[Result]:
+        results = list(super().results())
+        return [*results, results[0]] if results else results
+
+
+def answers_twice(context: Any) -> DictationPipeline:
+    return _with(context, DictationPipeline=_RepeatingPipeline)
+
+
+def never_on_the_device(context: Any) -> DictationPipeline:
+    """Lives on the fallback from the start: no fault of the device ever reaches it."""
+    engine = InProcessEngine(context.backend, context.model_path)
+    engine.fall_back()
+    policy = Policy.from_options({**context.policy, "return_after_s": 1e5})
+    return DictationPipeline(context.workdir, engine, policy)
+
+
+def never_shuts_down(context: Any) -> DictationPipeline:
+    rungs = tuple(rung for rung in Policy().rungs if rung != "emergency_shutdown")
+    engine = InProcessEngine(context.backend, context.model_path)
+    return DictationPipeline(context.workdir, engine, Policy(rungs=rungs))

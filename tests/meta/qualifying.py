@@ -1,0 +1,43 @@
+"""Run the qualification in a process of its own, and read what it recorded."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qualification import records
+
+ROOT = Path(__file__).resolve().parents[2]
+PROTECTION = "tests/test_memory_protection.py"
+RECOVERY = "tests/test_oom_recovery.py"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a qualification run said, and what it wrote."""
+
+    status: int
+    output: str
+    criteria: tuple[dict[str, Any], ...]
+
+    def failed(self) -> set[str]:
+        """The names of the criteria that failed."""
+        return {each["criterion"] for each in self.criteria if each["verdict"] == "fail"}
+
+
+def qualify(results: Path, *arguments: str, timeout_s: float = 200) -> Outcome:
+    """Run pytest with these arguments from the repository's root."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--results", str(results)]
+    # Another qualification may run on this machine: queue behind it.
+    command += ["--lock-wait", "600", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "meta")}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s + 600, check=False
+    )
+    written = sorted(results.glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+    criteria = records.read(written[-1]).criteria if written else ()
+    return Outcome(done.returncode, done.stdout + done.stderr, criteria)

@@ -1,0 +1,137 @@
+"""Each planted defect is caught, and by the criterion that promises the opposite. A healthy subject passes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.meta.qualifying import PROTECTION, RECOVERY, qualify
+
+BROKEN = "tests/meta/broken.py"
+SHORT = """
+[test_sustained_high_memory_usage]
+duration_s = 12
+held_mb = 100
+[test_rapid_toggle_with_fallback]
+cycles = 6
+[test_kill_during_recording]
+kills = 4
+"""
+SUSTAINED = f"{PROTECTION}::TestMemoryStress::test_sustained_high_memory_usage"
+FALLBACK = f"{PROTECTION}::TestGPUFallback::test_gpu_to_cpu_fallback_on_oom"
+TOGGLE = f"{PROTECTION}::TestGPUFallback::test_rapid_toggle_with_fallback"
+TRIGGER = f"{PROTECTION}::TestEmergencyShutdown::test_emergency_shutdown_trigger"
+DETECTION = f"{RECOVERY}::TestOOMDetection::test_oom_detection"
+STRATEGIES = f"{RECOVERY}::TestGracefulDegradation::test_progressive_recovery_strategies"
+BUFFER = f"{RECOVERY}::TestDataPreservation::test_audio_buffer_preservation"
+STATE = f"{RECOVERY}::TestDataPreservation::test_transcription_state_preservation"
+KILL = f"{RECOVERY}::TestDataPreservation::test_kill_during_recording"
+
+DEFECTS = [
+    ("drops_a_block", BUFFER, {"samples_different"}),
+    ("falls_back_silently", FALLBACK, {"notifications"}),
+    ("keeps_every_buffer", SUSTAINED, {"growth_rate", "leak_detected"}),
+    ("returns_zeros_on_oom", FALLBACK, {"answers_wrong", "ooms_undetected"}),
+    ("acknowledges_before_it_stores", KILL, {"samples_lost"}),
+    ("leaks_at_each_toggle", TOGGLE, {"resources_left"}),
+    ("counts_no_ooms", DETECTION, {"ooms_uncounted"}),
+    ("falls_back_first", STRATEGIES, {"not_needed"}),
+    ("answers_twice", STATE, {"overlaps"}),
+    ("never_on_the_device", FALLBACK, {"fallbacks"}),
+    ("never_shuts_down", TRIGGER, {"exit_status"}),
+]
+
+
+@pytest.fixture
+def short(tmp_path: Path) -> Path:
+    path = tmp_path / "short.toml"
+    path.write_text(SHORT)
+    return path
+
+
+@pytest.mark.parametrize(("defect", "test", "criteria"), DEFECTS, ids=[defect for defect, _, _ in DEFECTS])
+def test_a_defect_is_caught_by_the_criterion_that_promises_the_opposite(
+    defect: str, test: str, criteria: set[str], tmp_path: Path, short: Path
+) -> None:
+    run = qualify(tmp_path / "results", test, "--subject", f"{BROKEN}:{defect}", "--criteria", str(short))
+    assert run.status == 1, f"exit status {run.status}, expected 1:\n{run.output[-3000:]}"
+    assert criteria <= run.failed(), f"failed {run.failed()}, expected {criteria}:\n{run.output[-3000:]}"
+
+
+def test_a_healthy_subject_passes_every_one_of_these_tests(tmp_path: Path, short: Path) -> None:
+    tests = dict.fromkeys(test for _, test, _ in DEFECTS)
+    run = qualify(tmp_path / "results", *tests, "--subject", f"{BROKEN}:healthy", "--criteria", str(short))
+    assert run.status == 0, f"exit status {run.status}; failed: {run.failed()}\n{run.output[-3000:]}"
+    verdicts = {each["verdict"] for each in run.criteria}
+    assert verdicts == {"pass"}, f"verdicts {verdicts}, expected only pass"
+
+
+def test_every_fault_has_its_provenance_in_the_records(tmp_path: Path, short: Path) -> None:
+    run = qualify(tmp_path / "results", FALLBACK, DETECTION, KILL, "--criteria", str(short))
+    faulty = [each for each in run.criteria if each["points_seen"]]
+    unnamed = [each["criterion"] for each in faulty if each["provenance"] not in ("capped", "killed")]
+    assert faulty, "no criterion of an OOM test has a fault in the records"
+    assert not unnamed, f"no provenance for {unnamed}"
+
+
+def test_a_fault_that_never_fired_is_no_pass(tmp_path: Path) -> None:
+    run = qualify(tmp_path / "results", FALLBACK, "--subject", f"{BROKEN}:never_on_the_device")
+    unfired = [each for each in run.criteria if "proves nothing" in each["reason"]]
+    assert unfired, f"no criterion says that its fault proves nothing: {run.criteria}"
+    assert {each["verdict"] for each in unfired} == {"fail"}
+
+
+def test_a_failure_begins_with_the_four_lines(tmp_path: Path) -> None:
+    run = qualify(tmp_path / "results", FALLBACK, "--subject", f"{BROKEN}:falls_back_silently")
+    section = run.output.split("= FAILURES =")[1].splitlines()
+    begin = next(i for i, line in enumerate(section) if line.startswith("promised:"))
+    heads = [line.split(":")[0] for line in section[begin : begin + 4]]
+    assert heads == ["promised", "measured", "fault", "repeat"], f"the failure begins with {section[begin : begin + 4]}"
+    assert begin <= 2, f"{begin} lines come before the four:\n" + "\n".join(section[: begin + 4])
+    assert f"{FALLBACK} --backend cpu --subject {BROKEN}:falls_back_silently" in section[begin + 3]
+
+
+def test_a_leak_prints_its_four_lines(tmp_path: Path, short: Path) -> None:
+    run = qualify(tmp_path / "r", SUSTAINED, "--subject", f"{BROKEN}:keeps_every_buffer", "--criteria", str(short))
+    for line in ("Leak detected: True", "Growth rate: ", "Total growth: ", "AssertionError: Memory leak detected!"):
+        assert line in run.output, f"{line!r} is missing:\n{run.output[-3000:]}"
+
+
+def test_what_a_backend_cannot_do_is_not_run_and_says_why(tmp_path: Path) -> None:
+    run = qualify(tmp_path / "results", f"{PROTECTION}::TestCUDAErrorRecovery")
+    assert run.status == 0, run.output[-2000:]
+    assert "2 not run" in run.output
+    assert {each["verdict"] for each in run.criteria} == {"not_run"}
+    assert all("CUDA" in each["reason"] for each in run.criteria), (
+        f"reasons: {[each['reason'] for each in run.criteria]}"
+    )
+
+
+ARRANGED = """
+import pytest
+
+@pytest.mark.needs("device_oom")
+def test_oom_detection(backend, judge):
+    for criterion in judge.criteria:
+        judge(criterion.name, 0)
+
+def test_oom_notification_system(judge):
+    judge("ooms_untold", 0)
+"""
+
+
+def test_a_stale_no_turns_red(tmp_path: Path) -> None:
+    path = tmp_path / "test_arranged.py"
+    path.write_text(ARRANGED)
+    run = qualify(tmp_path / "r", "-c", "pytest_memory.ini", "-p", "stale_no", f"{path}::test_oom_detection")
+    assert run.status == 1, f"exit status {run.status}, expected 1:\n{run.output[-2000:]}"
+    assert "correct its capability statement" in run.output, run.output[-2000:]
+
+
+def test_a_criterion_that_was_never_measured_fails_the_test(tmp_path: Path) -> None:
+    path = tmp_path / "test_arranged.py"
+    path.write_text(ARRANGED)
+    run = qualify(tmp_path / "r", "-c", "pytest_memory.ini", f"{path}::test_oom_notification_system")
+    assert run.status == 1, f"exit status {run.status}, expected 1:\n{run.output[-2000:]}"
+    assert run.failed() == {"notifications_incomplete", "notification_delay"}, f"failed: {run.failed()}"

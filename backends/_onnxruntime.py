@@ -486,6 +486,9 @@ class OrtBackend(Backend):
     def _impose(self, fault: CountingFault) -> None:
         """Bring the fault about: have the device's memory held by what the site says."""
         with self._lock:
+            if fault not in self._faults:
+                # Disarmed since it struck: nobody would give back what is taken now.
+                return
             site = fault.plan.site
             if site is Site.DEVICE_MEMORY:
                 if id(fault) not in self._fault_ballast:

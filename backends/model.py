@@ -64,8 +64,11 @@ class ModelSpec:
                 f"context_frames {self.context_frames} and chunk_frames {self.chunk_frames}: expected even numbers "
                 "(the model halves the frame rate), and at least one chunk frame pair"
             )
-        if min(self.channels, self.heads, self.layers, self.vocabulary) < 1 or self.width % self.heads:
-            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}, and every size at least 1")
+        for name in ("channels", "width", "heads", "layers", "vocabulary"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} must be a multiple of heads {self.heads}")
 
     @property
     def window_frames(self) -> int:

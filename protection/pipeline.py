@@ -470,6 +470,8 @@ class DictationPipeline:
         with self._wake:
             self._shut_down = f"emergency shutdown: {why}"
             self._wake.notify_all()
+        # What is short has to be given back, whenever the owner gets round to closing.
+        self._engine.close()
 
     # Pressure.
 

@@ -109,6 +109,8 @@ class Spool:
             self._db.execute("PRAGMA journal_mode = WAL")
             # FULL: a commit is on the disk when it returns, whatever happens to the machine.
             self._db.execute("PRAGMA synchronous = FULL")
+            # Deleted audio is overwritten, not only forgotten.
+            self._db.execute("PRAGMA secure_delete = ON")
             if limit_bytes is not None:
                 self._db.execute(f"PRAGMA max_page_count = {max(1, limit_bytes // _PAGE_BYTES)}")
             if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():

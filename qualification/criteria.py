@@ -249,6 +249,11 @@ class Criteria:
         found = self._parameters.get((test, name)) or self._parameters[_ANY_TEST, name]
         return found.value
 
+    def duration_s(self, test: str) -> float | None:
+        """Give how long a test lasts, for one that is told."""
+        found = self._parameters.get((test, "duration_s"))
+        return found.value if found else None
+
     def all(self) -> list[Criterion]:
         """Give every criterion."""
         return list(self._criteria.values())

@@ -57,10 +57,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if run is None:
         run = config.stash[_RUN] = _prepare(config)
     for item in judged:
-        if item.get_closest_marker("slow") is None and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(QUICK_TIMEOUT_S))
+        timeout_s = _timeout_s(item, run)
+        if timeout_s is not None and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(timeout_s))
         for mark in item.iter_markers("needs"):
             _expect_failure(item, run, [Capability(name) for name in mark.args])
+
+
+def _timeout_s(item: pytest.Item, run: Run) -> float | None:
+    """Give a test's own timeout in seconds, or None for the configuration's two hours."""
+    duration_s = run.criteria.duration_s(_name_of(item))
+    if duration_s is None:
+        return None if item.get_closest_marker("slow") else QUICK_TIMEOUT_S
+    # A test that lasts as long as it is told to must not be ended by a shorter timeout.
+    needed_s = 1.2 * duration_s + 600
+    return needed_s if needed_s > float(item.config.getini("timeout")) else None
 
 
 def _expect_failure(item: pytest.Item, run: Run, needed: Sequence[Capability]) -> None:
@@ -238,9 +249,14 @@ def judge(request: pytest.FixtureRequest) -> Judge:
 
 
 def _judge_for(item: pytest.Item, run: Run) -> Judge:
-    name = getattr(item, "originalname", item.name)
+    name = _name_of(item)
     criteria: list[Criterion] = run.criteria.of(name)
     return Judge(name, criteria, run.write)
+
+
+def _name_of(item: pytest.Item) -> str:
+    """Give a test's name without its parameters."""
+    return str(getattr(item, "originalname", item.name))
 
 
 @pytest.fixture

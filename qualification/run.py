@@ -86,6 +86,11 @@ class Run:
         if self.records is not None:
             self.records.criterion(backend=self.backend.name, environment=self.environment, **fields)
 
+    def end_records(self) -> None:
+        """Write the last line; a run that was cut off has none, and counts as damaged."""
+        if self.records is not None:
+            self.records.close()
+
     def release_lock(self) -> None:
         """Let the next run in."""
         if self.lock is not None:

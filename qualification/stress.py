@@ -9,16 +9,22 @@ everything could be judged (a run too short for a verdict on leaks, say); 130 in
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import shlex
 import shutil
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+
+import psutil
 
 from backends.contract import Allocation, Backend, Capability
 from backends.errors import classify
@@ -29,13 +35,14 @@ from qualification import leaks
 from qualification.criteria import Criterion
 from qualification.host import MB
 from qualification.judge import Judge
-from qualification.observe import counts
+from qualification.observe import counts, quiesce
 from qualification.platform_check import MINIMUM_FREE_DISK_BYTES, disk_refusal, gib
 from qualification.progress import Progress
+from qualification.records import RecordError
 from qualification.run import DEFAULT_AUDIO, DEFAULT_RESULTS, Refused, Run, prepare
-from qualification.sampling import Sampler
+from qualification.sampling import Sample, Sampler
 from qualification.stream import Stream, unanswered, untiled
-from qualification.subject import DEFAULT_SUBJECT, Result, Subject
+from qualification.subject import DEFAULT_SUBJECT, EVENT_KINDS, Result, Subject, SubjectContext
 
 EXIT_GOOD = 0
 EXIT_FAILED = 1
@@ -46,7 +53,7 @@ TEST = "stress_harness"
 CRITERIA = [
     Criterion(TEST, *row)
     for row in (
-        ("crashes", "==", 0, "crashes", "No crash and no emergency shutdown"),
+        ("crashes", "==", 0, "crashes", "No crash, no hang and no emergency shutdown"),
         ("samples_unanswered", "==", 0, "samples", "Every sample answered"),
         ("gaps_and_overlaps", "==", 0, "places", "Results tile what was accepted"),
         ("toggles_failed", "==", 0, "toggles", "Recording stops and starts again at every toggle"),
@@ -75,7 +82,7 @@ SPOOL_BYTES_PER_S = 100_000
 #: The neighbour outlives the run by this much: the time to start, to drain and to be late.
 NEIGHBOUR_SLACK_S = 600.0
 _RESERVE_BYTES = 1 << 30
-_SERIES = {"rss_bytes": "resident", "heap_used_bytes": "heap in use", "device_used_bytes": "device"}
+_SERIES = {"rss_bytes": "resident", "heap_used_bytes": "heap", "device_used_bytes": "device"}
 
 _HELP = """\
 The subject records real speech in real time, in blocks of 100 ms, and recording is stopped for a moment and started
@@ -87,8 +94,8 @@ again at each toggle. Meanwhile memory is short, for real:
   host    --cpu-pressure MB are held by a process beside it, never leaving less than 1 GiB or 10 % of what was
           available, whichever is more.
 
-Memory, descriptors and threads are read while the subject is at rest, every second or 240 times in all. Ctrl-C ends
-the run in order, with a verdict on what there is; a second one ends it at once.
+Memory, descriptors and threads are read while the subject is at rest, every second, or 240 times in all where that is
+less often. Ctrl-C ends the run in order, with a verdict on what there is; a second one ends it at once.
 """
 _EXAMPLES = """\
 examples:
@@ -114,6 +121,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main(options, words, ending)
     except Refused as error:
         parser.error(str(error))
+    except RecordError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("interrupted: no verdict", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -126,51 +136,47 @@ def _main(options: argparse.Namespace, words: Sequence[str], ending: Ending) -> 
     neighbour_bytes = options.cpu_pressure * MB
     reserve_bytes = max(_RESERVE_BYTES, available_bytes() // 10)
     _require_host_memory(neighbour_bytes, reserve_bytes)
-    folder = Path(tempfile.gettempdir())
-    if refused := disk_refusal(folder, MINIMUM_FREE_DISK_BYTES + int(duration_s * SPOOL_BYTES_PER_S)):
-        raise Refused(f"--duration {options.duration:g}: {refused}, and the audio of the whole run is kept there")
+    spool_bytes = int(duration_s * SPOOL_BYTES_PER_S)
+    if refused := disk_refusal(Path(tempfile.gettempdir()), MINIMUM_FREE_DISK_BYTES + spool_bytes):
+        raise Refused(f"--duration {options.duration:g}: the audio of the whole run is kept, so {refused}")
     run = prepare(backend=options.backend, subject=options.subject, model=options.model, audio=options.audio)
     run.tests = [TEST]
 
     with ExitStack() as stack:
         stack.callback(run.release_lock)
         run.take_lock(options.lock_wait)
-        backend = stack.enter_context(closing(run.backend()))
-        held = _hold_device(backend, options.gpu_pressure * MB, _needed_bytes(run))
-        stack.callback(free, held)
-        # Again, now that the device has taken its share, which may have been the host's.
-        _require_host_memory(neighbour_bytes, reserve_bytes)
-        neighbour = stack.enter_context(_neighbour(neighbour_bytes, duration_s + NEIGHBOUR_SLACK_S))
-        asked = ("duration", "gpu_pressure", "cpu_pressure", "toggle_interval")
-        path = run.begin_records(options.results, stress={name: getattr(options, name) for name in asked})
-        print("\n".join(run.header()), flush=True)
+        with ExitStack() as pressure:
+            backend = pressure.enter_context(closing(run.backend()))
+            held = _hold_device(backend, options.gpu_pressure * MB, _needed_bytes(run))
+            pressure.callback(free, held)
+            # Again, now that the device has taken its share, which may have been the host's.
+            _require_host_memory(neighbour_bytes, reserve_bytes)
+            neighbour = pressure.enter_context(_neighbour(neighbour_bytes, duration_s + NEIGHBOUR_SLACK_S))
+            asked = ("duration", "gpu_pressure", "cpu_pressure", "toggle_interval")
+            path = run.begin_records(options.results, stress={name: getattr(options, name) for name in asked})
+            stack.callback(run.end_records)
+            print("\n".join(run.header()), flush=True)
 
-        workdir = Path(tempfile.mkdtemp(prefix="plimsoll-stress-"))
-        judge = Judge(TEST, CRITERIA, run.write)
-        recording = Recording(run, backend, workdir, duration_s, options.toggle_interval, neighbour.process_id, ending)
-        try:
+            judge = Judge(TEST, CRITERIA, run.write)
+            workdir = Path(tempfile.mkdtemp(prefix="plimsoll-stress-"))
+            recording = Recording(run, backend, duration_s, options.toggle_interval, neighbour.process_id)
             try:
-                recording.run()
-            finally:
-                # What the verdict needs in memory must not meet the pressure.
-                free(held)
-                neighbour.close()
-                recording.judge(judge)
-        finally:
-            recording.close()
-            if run.records is not None:
-                run.records.close()
+                recording.run(workdir, ending)
+            except KeyboardInterrupt:
+                judge.end("not_run", "interrupted before it could be judged")
+                shutil.rmtree(workdir, ignore_errors=True)
+                raise
+        recording.judge(judge)
 
-    for line in [*recording.summary(), *_table(judge)]:
-        print(line)
+    print("\n".join([*recording.summary(), *_table(judge)]))
     for verdict in judge.failed:
         print("", *verdict.lines(shlex.join(["python", "tests/test_memory_protection.py", *words])), sep="\n")
     print(f"\nrecords: {path}")
     if judge.failed:
-        print(f"the subject's files are kept in {workdir}")
+        print(f"the subject's files are kept: {workdir}")
     else:
         shutil.rmtree(workdir, ignore_errors=True)
-    status, line = _conclude(judge, recording.recorded, ending.asked)
+    status, line = _conclude(judge)
     print(line, flush=True)
     return status
 
@@ -181,6 +187,7 @@ def _main(options: argparse.Namespace, words: Sequence[str], ending: Ending) -> 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python tests/test_memory_protection.py",
+        usage="%(prog)s [options]",
         description=_HELP,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -313,83 +320,231 @@ class Recording:
     """One recording under pressure: what was fed, what was read at rest, and what went wrong."""
 
     def __init__(
-        self,
-        run: Run,
-        backend: Backend,
-        workdir: Path,
-        duration_s: float,
-        toggle_interval_s: float,
-        neighbour_id: int,
-        ending: Ending,
+        self, run: Run, backend: Backend, duration_s: float, toggle_interval_s: float, neighbour_id: int
     ) -> None:
         """Prepare to record; nothing is started."""
-        self._run, self._backend, self._workdir, self._ending = run, backend, workdir, ending
+        self._run, self._backend, self._neighbour_id = run, backend, neighbour_id
         self._duration_s, self._toggle_interval_s = duration_s, toggle_interval_s
-        self._sample_every_s = max(SAMPLE_EVERY_LEAST_S, duration_s / SAMPLES_PER_RUN)
-        self._neighbour_id = neighbour_id
-        self._subject: Subject | None = None
         self._stream = Stream(run.samples)
-        self._sampler = Sampler(lambda: self._subject.process_ids() if self._subject else ())
+        self._process_ids: Callable[[], Sequence[int]] = tuple
+        self._sampler = Sampler(lambda: self._process_ids())
         self._progress = Progress("stress", duration_s, _write, sys.stdout.isatty())
-        self._show_at_s = 0.0
+        self._slope_bytes_per_s: float | None = None
         self._elapsed_s = 0.0
         self._spoken = self._accepted = 0
         self._toggles = self._toggles_failed = self._pressure_lost = 0
-        self._crash = ""
+        self._first: Sample | None = None
+        self._crash = self._ended_by = ""
         self._results: Sequence[Result] = ()
-        self._verdicts: dict[str, leaks.LeakVerdict] = {}
+        self._told: Counter[str] = Counter()
+
+    def run(self, workdir: Path, ending: Ending) -> None:
+        """Record until the time is over, the subject fails, or an end is asked for; then end the subject."""
+        device = self._backend.device
+        limit_bytes = self._backend.memory().limit_bytes
+        limits = {} if limit_bytes is None else {"device_limit_bytes": limit_bytes}
+        with self._progress, ExitStack() as stack, self._noting_a_crash():
+            subject = self._run.factory(SubjectContext(workdir, self._backend, device, self._run.model, limits))
+            stack.callback(self._end, subject)
+            self._process_ids = subject.process_ids
+            self._speak(subject, WARM_UP_SAMPLES)
+            self._sample(subject)
+            ending.in_order = True
+            self._record(subject, ending)
+            self._ended_by = ending.asked
+            subject.drain(DRAIN_S)
+            self._sample(subject)
+
+    def _record(self, subject: Subject, ending: Ending) -> None:
+        began_s = next_block_s = time.monotonic()
+        sample_at_s, toggle_at_s, show_at_s = began_s + self._sample_every_s, began_s + self._toggle_interval_s, began_s
+        while not ending.asked and (now_s := time.monotonic()) - began_s < self._duration_s:
+            self._elapsed_s = now_s - began_s
+            if now_s >= toggle_at_s:
+                self._toggle(subject)
+                # Nothing was spoken meanwhile.
+                next_block_s = time.monotonic()
+                toggle_at_s = next_block_s + self._toggle_interval_s
+            self._speak(subject, BLOCK_SAMPLES)
+            next_block_s += BLOCK_SAMPLES / SAMPLE_RATE_HZ
+            if now_s >= sample_at_s:
+                self._sample(subject)
+                sample_at_s = max(sample_at_s, now_s) + self._sample_every_s
+            if now_s >= show_at_s:
+                self._show(subject)
+                show_at_s = now_s + SHOW_EVERY_S
+            # Real time: the next block has not been spoken yet.
+            time.sleep(max(0.0, next_block_s - time.monotonic()))
+        self._elapsed_s = time.monotonic() - began_s
+
+    def _speak(self, subject: Subject, samples: int) -> None:
+        """Feed what was spoken, and what the subject has not accepted yet, in blocks."""
+        self._spoken += samples
+        while self._accepted < self._spoken:
+            stop = min(self._accepted + BLOCK_SAMPLES, self._spoken)
+            before, self._accepted = self._accepted, subject.feed(self._accepted, self._stream[self._accepted : stop])
+            if self._accepted <= before:
+                break
+
+    def _toggle(self, subject: Subject) -> None:
+        self._toggles += 1
+        records = subject.toggle()
+        time.sleep(min(PAUSE_S, self._toggle_interval_s / 10))
+        self._toggles_failed += records or not subject.toggle()
+
+    def _sample(self, subject: Subject) -> None:
+        """Read everything with the subject at rest."""
+        quiesce(subject)
+        sample = self._sampler.sample(self._backend.memory().used_bytes)
+        self._first = self._first or sample
+        self._pressure_lost += not _alive(self._neighbour_id)
+        t_s, used = self._sampler.series("rss_bytes")
+        if len(t_s) >= leaks.SAMPLES_MIN:
+            self._slope_bytes_per_s = leaks.judge(t_s, used).slope_bytes_per_s
 
     @property
-    def recorded(self) -> bool:
-        """Whether there is anything to judge."""
-        return self._spoken > 0 or bool(self._crash)
+    def _sample_every_s(self) -> float:
+        return max(SAMPLE_EVERY_LEAST_S, self._duration_s / SAMPLES_PER_RUN)
 
-    def run(self) -> None:
-        """Record until the time is over, the subject fails, or an end is asked for."""
-        with self._progress, self._noting_a_crash():
-            self._subject = self._start()
-            self._speak(self._subject, WARM_UP_SAMPLES)
-            self._sample(self._subject)
-            self._ending.in_order = True
-            self._record(self._subject)
-            self._subject.drain(DRAIN_S)
-            self._sample(self._subject)
+    def _show(self, subject: Subject) -> None:
+        events = subject.events()
+        left = timedelta(seconds=int(self._duration_s - self._elapsed_s))
+        self._progress.update(
+            self._sampler.last.rss_bytes,
+            self._slope_bytes_per_s,
+            f"{left} left, device {self._backend.memory().fraction:.0%}, host {psutil.virtual_memory().percent:.0f}%, "
+            f"on {subject.device()}, last event {_known(events[-1].kind) if events else 'none'}",
+        )
+
+    def _end(self, subject: Subject) -> None:
+        """Take in what the subject made and told, and close it, whatever became of it."""
+        with self._noting_a_crash():
+            self._told = counts(subject)
+        with self._noting_a_crash():
+            self._results = subject.results()
+        with self._noting_a_crash():
+            subject.close()
+
+    @contextlib.contextmanager
+    def _noting_a_crash(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            # The first is the cause; what fails after it is its consequence.
+            self._crash = self._crash or f"{type(error).__name__}: {str(error)[:300]}"
+
+    # The verdict.
 
     def judge(self, judge: Judge) -> None:
-        """Judge each criterion as far as there is something to judge it by."""
-        told = 0
-        with self._noting_a_crash():
-            if self._subject is not None:
-                told = counts(self._subject)["emergency_shutdown"]
-                self._results = self._subject.results()
-        if not self.recorded:
-            judge.end("not_run", "interrupted before anything was recorded")
-            return
-        if self._crash:
-            judge.say(self._crash)
-        judge("crashes", max(told, bool(self._crash)))
+        """Judge each criterion that there is something to judge by."""
+        missing: list[str] = []
+        judge("crashes", max(self._told["emergency_shutdown"], bool(self._crash)))
         if self._spoken:
             judge("samples_unanswered", unanswered(self._results, self._spoken))
             judge("gaps_and_overlaps", sum(untiled(self._results, self._accepted)))
         if self._toggles:
             judge("toggles_failed", self._toggles_failed)
-        t_s = self._sampler.series("rss_bytes")[0]
-        if len(t_s) > 1:
+        else:
+            missing.append(f"no toggle was due in {self._elapsed_s:.0f} s")
+        if self._first is not None and self._sampler.last is not self._first:
             judge("pressure_lost", self._pressure_lost)
             judge("resources_left", sum(self._left().values()))
-        self._judge_leaks(judge)
-        judge.end("not_run", f"the run ended after {self._elapsed_s:.0f} s, before there was anything to judge this by")
-
-    def close(self) -> None:
-        """End the subject, whatever became of it."""
-        if self._subject is not None:
-            with self._noting_a_crash():
-                self._subject.close()
+        verdicts = self._leak_verdicts()
+        resident = verdicts["rss_bytes"]
+        if resident.verdict == "inconclusive":
+            missing.append(f"leaks: {resident.reason}, one every {self._sample_every_s:g} s")
+        else:
+            found = sum(each.verdict == "leak" for each in verdicts.values())
+            t_s = self._sampler.series("rss_bytes")[0]
+            series = {
+                name: [(float(t), float(used)) for t, used in zip(*self._sampler.series(name), strict=True)]
+                for name in verdicts
+            }
+            judge("leak_detected", found, series=series)
+            judge("growth_rate", resident.slope_bytes_per_s / MB)
+            judge("total_growth", resident.upper * float(t_s[-1] - t_s[0]) / MB)
+        judge.end("not_run", "; ".join(missing) or "the subject failed before this could be judged")
 
     def summary(self) -> list[str]:
         """Say in a few lines what happened."""
-        seconds = self._spoken / SAMPLE_RATE_HZ
+        asked, took = (timedelta(seconds=round(each)) for each in (self._duration_s, self._elapsed_s))
+        spoken, answered = self._spoken, self._spoken - unanswered(self._results, self._spoken)
         gaps, overlaps = untiled(self._results, self._accepted)
-        answered = self._spoken - unanswered(self._results, self._spoken)
-        kinds = [(kind, count) for kind, count in self._told.items()] if hasattr(self, "_told") else []
-        return [f"{seconds} {gaps} {overlaps} {answered} {kinds}"]
+        lines = [
+            "",
+            f"stress: {took} of {asked}" + (f", ended by {self._ended_by}" if self._ended_by else ""),
+            f"  answered   {answered} of {spoken} samples ({spoken / SAMPLE_RATE_HZ:.1f} s), "
+            f"{self._accepted} accepted, {gaps} gaps, {overlaps} overlaps",
+            f"  toggles    {self._toggles}, {self._toggles_failed} failed",
+            "  events     " + (", ".join(f"{_known(kind)} {n}" for kind, n in self._told.items()) or "none"),
+            "  left       " + ", ".join(f"{count} {name}" for name, count in self._left().items()),
+        ]
+        for name, verdict in self._leak_verdicts().items():
+            _, used = self._sampler.series(name)
+            grown = f"{(used[-1] - used[0]) / MB:+.1f} MB from first to last" if len(used) else "never read"
+            slope = "inconclusive"
+            if verdict.verdict != "inconclusive":
+                bounds = f"{verdict.slope_bytes_per_s / MB:+.4f} [{verdict.lower / MB:+.4f}, {verdict.upper / MB:+.4f}]"
+                slope = f"{verdict.verdict.replace('_', ' ')}, {bounds} MB/s"
+            lines.append(f"  {_SERIES[name]:<10} {slope}, {grown}")
+        if self._crash:
+            # One line, and no control characters: the text may be a subject's.
+            lines.append("  crash      " + "".join(c if c.isprintable() else " " for c in self._crash))
+        return lines
+
+    def _left(self) -> dict[str, int]:
+        """Count what the last sample has more of than the first."""
+        if self._first is None:
+            return dict.fromkeys(("descriptors", "threads", "children"), 0)
+        first, last = self._first, self._sampler.last
+        return {
+            name: max(0, getattr(last, name) - getattr(first, name)) for name in ("descriptors", "threads", "children")
+        }
+
+    def _leak_verdicts(self) -> dict[str, leaks.LeakVerdict]:
+        known = [name for name in _SERIES if name != "heap_used_bytes" or (self._first and self._first.heap_known)]
+        return {name: leaks.judge(*self._sampler.series(name)) for name in known}
+
+
+def _table(judge: Judge) -> list[str]:
+    """Give each criterion's verdict as a line."""
+    lines = [""]
+    for each in judge.verdicts:
+        value = f"{each.value:.6g}" if each.value is not None else "-"
+        why = f"  ({each.reason})" if each.reason else ""
+        lines.append(
+            f"  {each.verdict.upper().replace('_', ' '):<8} {each.criterion.name:<20} {value:>10}  "
+            f"limit {each.criterion.limit_text}{why}"
+        )
+    return lines
+
+
+def _conclude(judge: Judge) -> tuple[int, str]:
+    """Give the exit status and the line that says it."""
+    if judge.failed:
+        return EXIT_FAILED, f"FAIL: {', '.join(each.criterion.name for each in judge.failed)}"
+    open_ = [each.criterion.name for each in judge.verdicts if each.verdict == "not_run"]
+    if open_:
+        return EXIT_INCONCLUSIVE, f"INCONCLUSIVE: what was judged holds; not judged, run longer: {', '.join(open_)}"
+    return EXIT_GOOD, "PASS: every criterion holds"
+
+
+def _known(kind: str) -> str:
+    """Give an event's kind, if it is one: whatever else it says does not reach the terminal."""
+    return str(kind) if kind in EVENT_KINDS else "unknown"
+
+
+def _alive(process_id: int) -> bool:
+    try:
+        return bool(psutil.Process(process_id).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

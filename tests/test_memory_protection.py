@@ -70,7 +70,6 @@ def worst_leak(sampler: Sampler) -> leaks.LeakVerdict:
 class TestMemoryStress:
     """Does it hold its memory under load?"""
 
-    @pytest.mark.timeout(0)
     def test_sustained_high_memory_usage(
         self,
         new_backend: NewBackend,
@@ -291,7 +290,13 @@ class TestGPUFallback:
         judge("real_time_factor", took_s * SECOND / (stops[2] - stops[1]), fault=record)
 
     def test_rapid_toggle_with_fallback(
-        self, backend: Backend, new_subject: NewSubject, stream: Stream, parameter: Parameter, judge: Judge
+        self,
+        backend: Backend,
+        new_subject: NewSubject,
+        stream: Stream,
+        parameter: Parameter,
+        progress: NewProgress,
+        judge: Judge,
     ) -> None:
         """Recording toggles with GPU/CPU transitions (50 cycles).
 
@@ -322,8 +327,11 @@ class TestGPUFallback:
             position = cycle(position)
         quiesce(subject)
         before, told, fired, seen, toggled = take(subject.process_ids()), counts(subject), 0, 0, 0
-        for _ in range(cycles):
+        live = progress(None)
+        for i in range(cycles):
             position = cycle(position)
+            live.update(take(subject.process_ids()).rss_bytes, text=f"{i + 1} of {cycles} cycles")
+        live.done()
         quiesce(subject)
         after, now = take(subject.process_ids()), counts(subject)
 
@@ -392,10 +400,14 @@ class TestEmergencyShutdown:
     #: Host memory that the subject's process may take beyond what it holds when the fault begins.
     HEADROOM_BYTES = 400 * MB
 
-    def starved(self, hosted: Callable[..., Hosted]) -> tuple[Hosted, int, FaultRecord]:
+    def starved(self, hosted: Callable[..., Hosted], live: Progress) -> tuple[Hosted, int, FaultRecord]:
         """Run a subject in a process whose memory is filled up; give it, its exit status and what was done to it."""
         host = hosted(stop=8 * SECOND, starve_headroom_bytes=self.HEADROOM_BYTES)
-        status = host.end(100)
+        while host.process.poll() is None and host.read(0.25):
+            used = host.last("pressure") or 0.0
+            live.update(used * (host.last("limit_bytes") or 0), text=f"{used:.1%} of the limit")
+        live.done()
+        status = host.end(10)
         readings = host.all("pressure")
         record = FaultRecord(
             points_seen=len(readings),
@@ -407,7 +419,7 @@ class TestEmergencyShutdown:
         return host, status, capped(record)
 
     def test_emergency_shutdown_trigger(
-        self, hosted: Callable[..., Hosted], new_subject: NewSubject, tmp_path: Path, judge: Judge
+        self, hosted: Callable[..., Hosted], tmp_path: Path, progress: NewProgress, judge: Judge
     ) -> None:
         """Emergency shutdown on critical memory.
 
@@ -417,7 +429,7 @@ class TestEmergencyShutdown:
         - Clean process exit (status 75)
         """
         temporary = set(Path(tempfile.gettempdir()).glob("plimsoll-*"))
-        host, status, record = self.starved(hosted)
+        host, status, record = self.starved(hosted, progress(None))
         left = {str(path) for path in Path(tempfile.gettempdir()).glob("plimsoll-*") if path not in temporary}
         left |= {str(pid) for pid in host.last("process_ids") or [] if Path(f"/proc/{pid}").exists()}
         left |= {str(path) for path in tmp_path.rglob("*") if path.name.endswith(("-wal", "-shm", "-journal", ".tmp"))}
@@ -428,7 +440,13 @@ class TestEmergencyShutdown:
         judge("exit_status", status, fault=record)
 
     def test_data_preservation_on_shutdown(
-        self, hosted: Callable[..., Hosted], backend: Backend, new_subject: NewSubject, stream: Stream, judge: Judge
+        self,
+        hosted: Callable[..., Hosted],
+        backend: Backend,
+        new_subject: NewSubject,
+        stream: Stream,
+        progress: NewProgress,
+        judge: Judge,
     ) -> None:
         """Data saving during emergency shutdown.
 
@@ -437,7 +455,7 @@ class TestEmergencyShutdown:
         - No sample loss
         - Recovery possible
         """
-        host, _, record = self.starved(hosted)
+        host, _, record = self.starved(hosted, progress(None))
         accepted = max(host.all("accepted"))
         subject = new_subject(backend)
         kept = recovered(subject)

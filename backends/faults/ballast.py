@@ -89,6 +89,7 @@ class HostBallast:
         assert self._process.stdout is not None
         if self._process.stdout.readline() != b"held\n":
             status = self._process.wait()
+            self._process.stdout.close()
             raise RuntimeError(f"the ballast process could not hold {size_bytes} bytes (exit status {status})")
 
     @property

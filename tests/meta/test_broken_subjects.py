@@ -135,3 +135,24 @@ def test_a_criterion_that_was_never_measured_fails_the_test(tmp_path: Path) -> N
     run = qualify(tmp_path / "r", "-c", "pytest_memory.ini", f"{path}::test_oom_notification_system")
     assert run.status == 1, f"exit status {run.status}, expected 1:\n{run.output[-2000:]}"
     assert run.failed() == {"notifications_incomplete", "notification_delay"}, f"failed: {run.failed()}"
+
+
+HANGING = """
+import pytest
+
+@pytest.mark.timeout(2)
+def test_oom_notification_system(judge):
+    judge("ooms_untold", 0)
+    while True:
+        pass
+"""
+
+
+def test_a_timeout_finds_the_records_flushed(tmp_path: Path) -> None:
+    path = tmp_path / "test_arranged.py"
+    path.write_text(HANGING)
+    run = qualify(tmp_path / "r", "-c", "pytest_memory.ini", str(path))
+    verdicts = {each["criterion"]: each["verdict"] for each in run.criteria}
+    expected = {"ooms_untold": "pass", "notifications_incomplete": "fail", "notification_delay": "fail"}
+    assert verdicts == expected, f"verdicts {verdicts}"
+    assert run.status == 1 and "Timeout" in run.output, run.output[-1500:]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import json
+import os
 import resource
 import tempfile
 import threading
@@ -44,6 +45,10 @@ from backends.model import BLOCK_MODEL, N_MELS, PROBE_MODEL, ModelSpec
 
 if TYPE_CHECKING:
     import onnxruntime as ort
+
+# Since 1.32 the Linux wheel reports usage over the network and keeps a session file in the temporary folder, unless it
+# is told not to before it is imported. Nothing about a dictation leaves the machine.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 T = TypeVar("T")
 MIB = 1 << 20

@@ -12,6 +12,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import weakref
 from typing import Any, ClassVar
 
@@ -19,6 +21,22 @@ from backends._onnxruntime import OrtBackend, quiet_options
 from backends.contract import YES, Backend, BackendError, Capability, no
 
 _SESSION_DOCS = "https://onnxruntime.ai/docs/get-started/with-c.html#share-allocators-between-sessions"
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def _give_large_blocks_back() -> None:
+    """Have the C library map blocks of 1 MiB and more on their own, so that freeing one gives memory back.
+
+    Without this glibc raises its threshold to 32 MiB by itself, and then keeps up to 64 MiB of freed regions at the top
+    of a thread's heap, where ``malloc_trim`` does not reach: the arena would be given back or not by chance. Process
+    wide, and only where a device is bounded. Source: mallopt(3), "dynamic mmap threshold".
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 << 20)
 
 
 class Cpu(OrtBackend):
@@ -72,6 +90,7 @@ class Cpu(OrtBackend):
     def _register_limit(self, limit_bytes: int) -> None:
         import onnxruntime as ort
 
+        _give_large_blocks_back()
         info = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
         # 1 is kSameAsRequested: regions as large as what was asked for, so that the cap is exact and shrinking works.
         ort.create_and_register_allocator(info, ort.OrtArenaCfg(limit_bytes, 1, -1, -1))

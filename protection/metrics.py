@@ -13,7 +13,13 @@ class Metrics:
         """Start at zero."""
         self._values: dict[str, float] = defaultdict(float)
         self._lock = threading.Lock()
-        for name in ("oom_total", "device_errors_total", "recoveries_attempted", "recoveries_succeeded"):
+        for name in (
+            "oom_total",
+            "device_errors_total",
+            "recoveries_attempted",
+            "recoveries_succeeded",
+            "recovery_latency_max_s",
+        ):
             self._values[name] = 0.0
 
     def add(self, name: str, amount: float = 1.0) -> None:

@@ -71,15 +71,17 @@ class Policy:
             "attempts_per_chunk": 1,
         }
         for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise PolicyError(f"{name} is {getattr(self, name)}: expected at least {least}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise PolicyError(f"{name} is {value}: expected a whole number of at least {least}")
         for name in ("return_after_s", "pressure_interval_s", "recovery_deadline_s", "shutdown_deadline_s"):
             if not 0 < getattr(self, name) < 1e6:
                 raise PolicyError(f"{name} is {getattr(self, name)}: expected more than 0 seconds")
         if self.retention_s is not None and not self.retention_s >= 0:
             raise PolicyError(f"retention_s is {self.retention_s}: expected at least 0 seconds, or None to keep all")
-        if self.spool_limit_bytes is not None and self.spool_limit_bytes < 64 << 10:
-            raise PolicyError(f"spool_limit_bytes is {self.spool_limit_bytes}: expected at least 65536, or None")
+        limit_bytes: Any = self.spool_limit_bytes
+        if limit_bytes is not None and (not isinstance(limit_bytes, int) or limit_bytes < 64 << 10):
+            raise PolicyError(f"spool_limit_bytes is {limit_bytes}: expected a whole number of at least 65536, or None")
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Policy:

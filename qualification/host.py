@@ -173,15 +173,18 @@ def _starve(job: Job, subject: Any, stream: Any, accepted: int) -> int:
 class Hosted:
     """A host process, from the outside."""
 
-    def __init__(self, job: Job, log: Path) -> None:
-        """Start it; standard error goes to ``log``."""
+    def __init__(self, job: Job, folder: Path) -> None:
+        """Start it; its standard error and its temporary files go into ``folder``."""
         self.job = job
         self.lines: list[dict[str, Any]] = []
-        self._log = log
-        with log.open("ab") as stderr:
+        self._log = folder / "stderr.log"
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir(parents=True, exist_ok=True)
+        with self._log.open("ab") as stderr:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "qualification.host", json.dumps(dataclasses.asdict(job))],
                 cwd=_ROOT,
+                env={**os.environ, "TMPDIR": str(self.temporary)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=stderr,

@@ -24,7 +24,7 @@ from qualification.judge import Judge
 from qualification.progress import Progress
 from qualification.run import DEFAULT_AUDIO, DEFAULT_RESULTS, Refused, Run, prepare
 from qualification.stream import Stream
-from qualification.subject import DEFAULT_SUBJECT, Result, Subject, SubjectContext
+from qualification.subject import DEFAULT_SUBJECT, Result, Subject, SubjectContext, absolute
 
 #: A quick test that takes longer hangs. The sustained one, and the slow ones, have the two hours of the configuration.
 QUICK_TIMEOUT_S = 120
@@ -114,9 +114,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     except Refused as error:
         raise pytest.UsageError(str(error)) from error
     handler = logging.FileHandler(path.with_suffix(".log"), encoding="utf-8")
+    handler.setLevel(logging.INFO)
     handler.setFormatter(logging.Formatter(config.getini("log_format"), config.getini("log_date_format")))
     logger = logging.getLogger("plimsoll")
-    logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     config.add_cleanup(handler.close)
     config.add_cleanup(partial(logger.removeHandler, handler))
@@ -365,7 +365,7 @@ def hosted(request: pytest.FixtureRequest, tmp_path: Path, device_limit_bytes: i
 
     def start(workdir: str = "spool", **options: Any) -> Hosted:
         job = Job(
-            subject=run.subject_spec,
+            subject=absolute(run.subject_spec),
             workdir=str(tmp_path / workdir),
             backend=run.backend.name,
             model=str(run.model.resolve()),
@@ -373,7 +373,7 @@ def hosted(request: pytest.FixtureRequest, tmp_path: Path, device_limit_bytes: i
             device_limit_bytes=device_limit_bytes,
             **options,
         )
-        made.append(Hosted(job, tmp_path / "host.log"))
+        made.append(Hosted(job, tmp_path / "host"))
         return made[-1]
 
     yield start

@@ -24,6 +24,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import psutil
 
 from backends.contract import Allocation, Backend, Capability
@@ -66,14 +67,16 @@ CRITERIA = [
 ]
 
 BLOCK_SAMPLES = SAMPLE_RATE_HZ // 10
-#: Recorded at once before the clock starts, so that what is loaded on first use is not taken for growth.
-WARM_UP_SAMPLES = 8 * SAMPLE_RATE_HZ
+#: Recorded at once before the clock starts, so that caches that fill up, once, are not taken for growth without end.
+WARM_UP_SAMPLES = 60 * SAMPLE_RATE_HZ
 #: What is held and what the model needs for a full batch take this share of the device: below every level of pressure.
 DEVICE_SHARE = 0.6
 FULL_BATCH = 16
 PIECE_BYTES = 50 * MB
 SAMPLES_PER_RUN = 240
 SAMPLE_EVERY_LEAST_S = 1.0
+#: Before that, pages of code that are read in on first use look like growth.
+LEAKS_AFTER_S = 60.0
 PAUSE_S = 1.0
 DRAIN_S = 60.0
 SHOW_EVERY_S = 0.5
@@ -95,7 +98,8 @@ again at each toggle. Meanwhile memory is short, for real:
           available, whichever is more.
 
 Memory, descriptors and threads are read while the subject is at rest, every second, or 240 times in all where that is
-less often. Ctrl-C ends the run in order, with a verdict on what there is; a second one ends it at once.
+less often. A verdict on leaks needs a minute at least: a shorter run is inconclusive, whatever else it shows. Ctrl-C
+ends the run in order, with a verdict on what there is; a second one ends it at once.
 """
 _EXAMPLES = """\
 examples:
@@ -382,9 +386,10 @@ class Recording:
         self._spoken += samples
         while self._accepted < self._spoken:
             stop = min(self._accepted + BLOCK_SAMPLES, self._spoken)
-            before, self._accepted = self._accepted, subject.feed(self._accepted, self._stream[self._accepted : stop])
-            if self._accepted <= before:
+            accepted = subject.feed(self._accepted, self._stream[self._accepted : stop])
+            if accepted <= self._accepted:
                 break
+            self._accepted = accepted
 
     def _toggle(self, subject: Subject) -> None:
         self._toggles += 1
@@ -412,8 +417,9 @@ class Recording:
         self._progress.update(
             self._sampler.last.rss_bytes,
             self._slope_bytes_per_s,
-            f"{left} left, device {self._backend.memory().fraction:.0%}, host {psutil.virtual_memory().percent:.0f}%, "
-            f"on {subject.device()}, last event {_known(events[-1].kind) if events else 'none'}",
+            # What a narrow terminal cuts off is the least.
+            f"{left} left, device {self._backend.memory().fraction:.0%}, on {subject.device()}, "
+            f"{_known(events[-1].kind) if events else 'no event'}, host {psutil.virtual_memory().percent:.0f}%",
         )
 
     def _end(self, subject: Subject) -> None:
@@ -421,7 +427,7 @@ class Recording:
         with self._noting_a_crash():
             self._told = counts(subject)
         with self._noting_a_crash():
-            self._results = subject.results()
+            self._results = list(subject.results())
         with self._noting_a_crash():
             subject.close()
 
@@ -450,20 +456,18 @@ class Recording:
             judge("pressure_lost", self._pressure_lost)
             judge("resources_left", sum(self._left().values()))
         verdicts = self._leak_verdicts()
-        resident = verdicts["rss_bytes"]
-        if resident.verdict == "inconclusive":
-            missing.append(f"leaks: {resident.reason}, one every {self._sample_every_s:g} s")
+        if not verdicts:
+            missing.append(
+                f"a verdict on leaks needs {LEAKS_AFTER_S:g} s and {leaks.SAMPLES_MIN} samples, "
+                f"one every {self._sample_every_s:g} s"
+            )
         else:
+            resident, span_s = verdicts["rss_bytes"], float(np.ptp(self._sampler.series("rss_bytes")[0]))
             found = sum(each.verdict == "leak" for each in verdicts.values())
-            t_s = self._sampler.series("rss_bytes")[0]
-            series = {
-                name: [(float(t), float(used)) for t, used in zip(*self._sampler.series(name), strict=True)]
-                for name in verdicts
-            }
-            judge("leak_detected", found, series=series)
+            judge("leak_detected", found, series={name: self._series(name) for name in verdicts})
             judge("growth_rate", resident.slope_bytes_per_s / MB)
-            judge("total_growth", resident.upper * float(t_s[-1] - t_s[0]) / MB)
-        judge.end("not_run", "; ".join(missing) or "the subject failed before this could be judged")
+            judge("total_growth", resident.upper * span_s / MB)
+        judge.end("not_run", "the subject failed before this could be judged" if self._crash else "; ".join(missing))
 
     def summary(self) -> list[str]:
         """Say in a few lines what happened."""
@@ -479,14 +483,14 @@ class Recording:
             "  events     " + (", ".join(f"{_known(kind)} {n}" for kind, n in self._told.items()) or "none"),
             "  left       " + ", ".join(f"{count} {name}" for name, count in self._left().items()),
         ]
-        for name, verdict in self._leak_verdicts().items():
-            _, used = self._sampler.series(name)
-            grown = f"{(used[-1] - used[0]) / MB:+.1f} MB from first to last" if len(used) else "never read"
-            slope = "inconclusive"
-            if verdict.verdict != "inconclusive":
+        verdicts = self._leak_verdicts()
+        for name in self._read_series() if self._first else ():
+            verdict, used = verdicts.get(name), self._sampler.series(name)[1]
+            slope = "no verdict yet"
+            if verdict is not None:
                 bounds = f"{verdict.slope_bytes_per_s / MB:+.4f} [{verdict.lower / MB:+.4f}, {verdict.upper / MB:+.4f}]"
                 slope = f"{verdict.verdict.replace('_', ' ')}, {bounds} MB/s"
-            lines.append(f"  {_SERIES[name]:<10} {slope}, {grown}")
+            lines.append(f"  {_SERIES[name]:<10} {slope}, {(used[-1] - used[0]) / MB:+.1f} MB from first to last")
         if self._crash:
             # One line, and no control characters: the text may be a subject's.
             lines.append("  crash      " + "".join(c if c.isprintable() else " " for c in self._crash))
@@ -501,9 +505,19 @@ class Recording:
             name: max(0, getattr(last, name) - getattr(first, name)) for name in ("descriptors", "threads", "children")
         }
 
+    def _read_series(self) -> list[str]:
+        heap_known = self._first is not None and self._first.heap_known
+        return [name for name in _SERIES if heap_known or name != "heap_used_bytes"]
+
+    def _series(self, name: str) -> list[tuple[float, float]]:
+        return [(float(t), float(used)) for t, used in zip(*self._sampler.series(name), strict=True)]
+
     def _leak_verdicts(self) -> dict[str, leaks.LeakVerdict]:
-        known = [name for name in _SERIES if name != "heap_used_bytes" or (self._first and self._first.heap_known)]
-        return {name: leaks.judge(*self._sampler.series(name)) for name in known}
+        """Judge each series; none before there is enough to judge by."""
+        t_s = self._sampler.series("rss_bytes")[0]
+        if len(t_s) < leaks.SAMPLES_MIN or t_s[-1] - t_s[0] < LEAKS_AFTER_S:
+            return {}
+        return {name: leaks.judge(*self._sampler.series(name)) for name in self._read_series()}
 
 
 def _table(judge: Judge) -> list[str]:

@@ -164,6 +164,12 @@ class SubjectError(ValueError):
     """``--subject`` does not name a usable factory. The message says why, and what was expected."""
 
 
+def absolute(spec: str) -> str:
+    """Give a factory's name so that it is found from any folder: the path of a file is made absolute."""
+    module_name, _, name = spec.rpartition(":")
+    return f"{Path(module_name).resolve()}:{name}" if module_name.endswith(".py") else spec
+
+
 def load_factory(spec: str) -> Factory:
     """Find a factory by ``package.module:name`` or ``path/to/file.py:name``. Raises SubjectError."""
     expected = "expected package.module:factory or path/to/file.py:factory"

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -428,9 +427,8 @@ class TestEmergencyShutdown:
         - Resources cleaned up
         - Clean process exit (status 75)
         """
-        temporary = set(Path(tempfile.gettempdir()).glob("plimsoll-*"))
         host, status, record = self.starved(hosted, progress(None))
-        left = {str(path) for path in Path(tempfile.gettempdir()).glob("plimsoll-*") if path not in temporary}
+        left = {str(path) for path in host.temporary.iterdir()}
         left |= {str(pid) for pid in host.last("process_ids") or [] if Path(f"/proc/{pid}").exists()}
         left |= {str(path) for path in tmp_path.rglob("*") if path.name.endswith(("-wal", "-shm", "-journal", ".tmp"))}
         judge.say(f"left behind: {sorted(left)}; the process said: {host.said()}")

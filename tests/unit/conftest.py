@@ -1,0 +1,58 @@
+"""What the unit tests of the backends and of the pipeline share: a bounded device, audio, and a child process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from backends.cpu import Cpu
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_BYTES = 96 << 20
+
+
+@pytest.fixture
+def bounded() -> Iterator[Cpu]:
+    """Give the cpu backend, its device bounded at 96 MiB."""
+    device = Cpu()
+    device.limit_memory(LIMIT_BYTES)
+    yield device
+    device.close()
+
+
+@pytest.fixture
+def audio() -> Callable[[float], npt.NDArray[np.float32]]:
+    """Give a maker of so many seconds of noise, the same each time."""
+
+    def make(seconds: float) -> npt.NDArray[np.float32]:
+        return (np.random.RandomState(5).standard_normal(round(seconds * 16_000)) * 0.1).astype(np.float32)
+
+    return make
+
+
+@pytest.fixture
+def in_child() -> Callable[[str], Any]:
+    """Give a runner of a program in an expendable process: what its last line of output says, as JSON."""
+
+    def run(program: str) -> Any:
+        prelude = "from backends.faults import limits\nlimits.declare_expendable()\n"
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", prelude + program],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert done.returncode == 0, f"the child ended with {done.returncode}: {done.stderr[-2000:]}"
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run

@@ -1,0 +1,432 @@
+"""The contract is stated in full, and each claim is proved on every backend that can run here.
+
+A claimed yes is proved live. A no is a strict expected failure: its proof must fail, so that a stale no turns red.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import backends
+from backends.contract import (
+    YES,
+    Allocation,
+    Backend,
+    Capability,
+    FaultPlan,
+    FaultRecord,
+    MemoryReading,
+    Model,
+    Provenance,
+    Site,
+    Support,
+    Unsupported,
+    no,
+)
+from backends.errors import ErrorKind, classify
+from backends.faults import ballast
+from backends.faults.ballast import HostBallast
+from backends.model import DEFAULT_MODEL
+
+MIB = 1 << 20
+LIMIT_BYTES = 96 * MIB
+BATCH = 16
+DECLARED = [found.name for found in backends.declared()]
+AVAILABLE = [found.name for found, availability in backends.available() if availability.available]
+DEVICE_OOM_SITES = (Site.DEVICE_MEMORY, Site.DEVICE_CACHE, Site.DEVICE_GARBAGE)
+InChild = Callable[[str], Any]
+
+
+@pytest.fixture(params=AVAILABLE)
+def device(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Give each available backend in turn, bounded where it says that it can be."""
+    made = backends.create(request.param)()
+    if made.capabilities[Capability.MEMORY_LIMIT].yes:
+        made.limit_memory(LIMIT_BYTES)
+    yield made
+    made.close()
+
+
+def _features(model: Model, batch: int = BATCH) -> Any:
+    return np.random.RandomState(3).standard_normal((batch, model.window_frames, 80)).astype(np.float32)
+
+
+def _failure(act: Callable[[], object]) -> BaseException:
+    """Give the error that the act raises; it has to raise one."""
+    with pytest.raises(Exception) as caught:  # noqa: PT011 - which one is what the callers judge
+        act()
+    return caught.value
+
+
+def _kind(act: Callable[[], object]) -> ErrorKind:
+    return classify(_failure(act))
+
+
+def _fits(device: Backend, size_bytes: int) -> bool:
+    try:
+        device.allocate(size_bytes).free()
+    except Exception as error:
+        if not classify(error).is_oom:
+            raise
+        return False
+    return True
+
+
+# What is stated.
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_every_declared_backend_states_every_capability(name: str) -> None:
+    stated = set(backends.create(name).capabilities)
+    assert stated == set(Capability), f"{name} leaves unstated: {sorted(c.value for c in set(Capability) - stated)}"
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_a_no_says_why_and_where_that_is_documented(name: str) -> None:
+    for capability, support in backends.create(name).capabilities.items():
+        if not support.yes:
+            assert len(support.reason) > 20, f"{name}, {capability.value}: the reason is {support.reason!r}"
+            assert support.link.startswith("https://"), f"{name}, {capability.value}: the link is {support.link!r}"
+
+
+def test_something_is_available_to_prove_claims_on() -> None:
+    assert AVAILABLE, f"none of the declared backends {DECLARED} can run here: nothing below proves anything"
+
+
+@pytest.mark.parametrize("missing", list(Capability), ids=lambda c: c.value)
+def test_an_adapter_that_leaves_one_capability_unstated_cannot_be_made(missing: Capability) -> None:
+    stated = {capability: YES for capability in Capability if capability is not missing}
+    with pytest.raises(TypeError, match=f"Forgetful does not state these capabilities: {missing.value}$"):
+        type("Forgetful", (Backend,), {"capabilities": stated})
+
+
+def test_every_capability_has_a_definition() -> None:
+    short = [c.value for c in Capability if len(c.__doc__ or "") < 20]
+    assert not short, f"capabilities without a definition: {short}"
+
+
+@pytest.mark.parametrize(("reason", "link"), [("", "https://example.org"), ("it cannot", ""), ("", "")])
+def test_a_no_needs_a_reason_and_a_link(reason: str, link: str) -> None:
+    with pytest.raises(ValueError, match="needs a reason and a link"):
+        no(reason, link)
+    with pytest.raises(ValueError, match="needs a reason and a link"):
+        Support(False, reason, link)
+
+
+# Data that travel.
+
+PLANS = st.builds(
+    FaultPlan,
+    site=st.sampled_from(Site),
+    nth=st.integers(1, 1 << 40),
+    times=st.none() | st.integers(1, 1 << 40),
+    min_bytes=st.integers(1, 1 << 50),
+    process=st.none() | st.text(),
+    thread=st.none() | st.text(),
+    disarm_after_s=st.floats(1e-6, 1e9),
+)
+RECORDS = st.builds(
+    FaultRecord,
+    points_seen=st.integers(0, 1 << 40),
+    faults_fired=st.integers(0, 1 << 40),
+    absorbed=st.integers(0, 1 << 40),
+    provenance=st.none() | st.sampled_from(Provenance),
+    detail=st.text(),
+)
+
+
+@given(PLANS)
+@settings(max_examples=50, deadline=None)
+def test_a_plan_survives_a_trip_through_json(plan: FaultPlan) -> None:
+    assert FaultPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+@given(RECORDS)
+@settings(max_examples=50, deadline=None)
+def test_a_record_survives_a_trip_through_json(record: FaultRecord) -> None:
+    assert FaultRecord.from_json(json.loads(json.dumps(record.to_json()))) == record
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"nth": 0},
+        {"nth": -1},
+        {"times": 0},
+        {"min_bytes": 0},
+        {"disarm_after_s": 0.0},
+        {"disarm_after_s": float("nan")},
+    ],
+    ids=str,
+)
+def test_a_plan_that_makes_no_sense_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"expected|must be"):
+        FaultPlan(Site.DEVICE_MEMORY, **change)
+
+
+def test_what_is_not_a_plan_is_refused() -> None:
+    data = FaultPlan(Site.DEVICE_CACHE).to_json()
+    with pytest.raises(ValueError, match="nowhere"):
+        FaultPlan.from_json(data | {"site": "nowhere"})
+    with pytest.raises(TypeError, match="colour"):
+        FaultPlan.from_json(data | {"colour": "red"})
+
+
+@pytest.mark.parametrize(
+    ("limit", "fraction"), [(None, 0.25), (50, 0.5), (400, 0.25), (10, 2.5)], ids=["none", "lower", "higher", "over"]
+)
+def test_pressure_is_a_share_of_the_smaller_of_limit_and_total(limit: int | None, fraction: float) -> None:
+    found = MemoryReading(25, 25, limit, 100, "process", True, "a test").fraction
+    assert found == fraction, f"25 of total 100 under limit {limit} is {found}, expected {fraction}"
+
+
+# What is claimed, proved. Each proof raises (an assertion, or Unsupported) where the claim is not true.
+
+
+def _prove_memory_limit(device: Backend, in_child: InChild) -> None:
+    device.limit_memory(LIMIT_BYTES)
+    held = ballast.fill(device.allocate)
+    total = sum(piece.size_bytes for piece in held)
+    kind = _kind(lambda: device.allocate(64 << 10))
+    ballast.free(held)
+    assert LIMIT_BYTES * 0.95 <= total <= LIMIT_BYTES, f"{total} bytes could be had under a limit of {LIMIT_BYTES}"
+    assert kind is ErrorKind.DEVICE_OOM, f"past the limit the error is {kind}"
+    assert device.memory().limit_bytes == LIMIT_BYTES, f"the reading's limit is {device.memory().limit_bytes}"
+
+
+def _prove_release_cached(device: Backend, in_child: InChild) -> None:
+    held = [device.allocate(16 * MIB) for _ in range(4)]
+    ballast.free(held)
+    before = psutil.Process().memory_info().rss
+    released = device.release_cached()
+    fell = before - psutil.Process().memory_info().rss
+    assert fell > 48 * MIB, f"resident memory fell by {fell} bytes where 64 MiB were cached"
+    assert abs(released - fell) < 4 * MIB, f"it says that {released} bytes were released, measured {fell}"
+
+
+def _prove_exact_memory_reading(device: Backend, in_child: InChild) -> None:
+    before = device.memory()
+    held = device.allocate(8 * MIB)
+    after = device.memory()
+    held.free()
+    assert after.exact, f"the reading is not exact ({after.source})"
+    assert after.used_bytes - before.used_bytes == 8 * MIB, (
+        f"8 MiB changed it by {after.used_bytes - before.used_bytes}"
+    )
+
+
+def _prove_device_oom(device: Backend, in_child: InChild) -> None:
+    model = device.load(DEFAULT_MODEL)
+    features = _features(model)
+    for site in DEVICE_OOM_SITES:
+        with device.arm(FaultPlan(site)) as fault:
+            kind = _kind(lambda: model.run(features))
+            record = fault.record()
+        assert kind is ErrorKind.DEVICE_OOM, f"{site.value}: the error is {kind}"
+        assert record.faults_fired == 1, f"{site.value}: {record}"
+        assert record.provenance in (Provenance.CAPPED, Provenance.EXHAUSTED), f"{site.value}: {record}"
+
+
+def _prove_host_oom(device: Backend, in_child: InChild) -> None:
+    found = in_child(f"""
+import json, backends
+from backends.contract import FaultPlan, Site
+from backends.errors import classify
+from backends.model import DEFAULT_MODEL
+device = backends.create({device.name!r})()
+fault = device.arm(FaultPlan(Site.HOST_MEMORY, min_bytes=1 << 20))
+kind = "none"
+try:
+    device.load(DEFAULT_MODEL)
+except Exception as error:
+    kind = classify(error).value
+print(json.dumps([kind, fault.record().to_json()]))
+""")
+    kind, record = found[0], FaultRecord.from_json(found[1])
+    assert kind == ErrorKind.HOST_OOM.value, f"a load without host memory is {kind}"
+    assert record.faults_fired == 1 and record.provenance is Provenance.CAPPED, f"the record is {record}"
+
+
+def _prove_fallback(device: Backend, in_child: InChild) -> None:
+    model = device.load(DEFAULT_MODEL)
+    features = _features(model)
+    expected = model.run(features)
+    model.close()
+    device.release_cached()
+    held = ballast.fill(device.allocate)
+    assert _kind(lambda: device.allocate(MIB)) is ErrorKind.DEVICE_OOM, "the device is not full"
+    fallback = device.fallback()
+    scores = fallback.load(DEFAULT_MODEL).run(features)
+    still_full = not _fits(device, MIB)
+    ballast.free(held)
+    fallback.close()
+    worst = float(np.max(np.abs(scores - expected)))
+    assert fallback.device != device.device, f"the fallback is on {fallback.device} too"
+    assert worst <= 1e-3, f"the fallback's scores differ by {worst:.1e}, expected at most 1e-3"
+    assert still_full, "the fallback took its memory from the device"
+
+
+def _prove_device_error(device: Backend, in_child: InChild) -> None:
+    model = device.load(DEFAULT_MODEL)
+    with device.arm(FaultPlan(Site.DEVICE_ERROR)) as fault:
+        kind = _kind(lambda: model.run(_features(model)))
+        assert kind.is_device_error and fault.record().faults_fired == 1, f"the error is {kind}, {fault.record()}"
+
+
+def _prove_device_memory_of_others(device: Backend, in_child: InChild) -> None:
+    def room() -> int:
+        held = ballast.fill(device.allocate, (4 * MIB,))
+        total = sum(piece.size_bytes for piece in held)
+        ballast.free(held)
+        device.release_cached()
+        return total
+
+    alone = room()
+    with HostBallast(64 * MIB, 30.0):
+        shared = room()
+    assert shared < alone, f"with 64 MiB held by another process {shared} bytes can be had, without {alone}"
+
+
+PROOFS: dict[Capability, Callable[[Backend, InChild], None]] = {
+    Capability.MEMORY_LIMIT: _prove_memory_limit,
+    Capability.RELEASE_CACHED: _prove_release_cached,
+    Capability.EXACT_MEMORY_READING: _prove_exact_memory_reading,
+    Capability.DEVICE_OOM: _prove_device_oom,
+    Capability.HOST_OOM: _prove_host_oom,
+    Capability.FALLBACK: _prove_fallback,
+    Capability.DEVICE_ERROR: _prove_device_error,
+    Capability.DEVICE_MEMORY_OF_OTHERS: _prove_device_memory_of_others,
+}
+
+
+@pytest.mark.parametrize("capability", list(Capability), ids=lambda c: c.value)
+def test_a_claim_is_true(capability: Capability, device: Backend, in_child: InChild) -> None:
+    support = device.capabilities[capability]
+    if support.yes:
+        PROOFS[capability](device, in_child)
+    else:
+        with pytest.raises((AssertionError, Unsupported)):
+            PROOFS[capability](device, in_child)
+
+
+def test_what_is_not_supported_is_refused_with_reason_and_link(device: Backend) -> None:
+    for capability, support in device.capabilities.items():
+        if support.yes:
+            device.require(capability)
+        else:
+            with pytest.raises(Unsupported) as caught:
+                device.require(capability)
+            assert support.reason in str(caught.value), f"the reason is missing: {caught.value}"
+            assert support.link in str(caught.value), f"the link is missing: {caught.value}"
+
+
+def test_arming_a_fault_that_is_not_supported_is_refused(device: Backend) -> None:
+    needs = {Site.DEVICE_ERROR: Capability.DEVICE_ERROR} | dict.fromkeys(DEVICE_OOM_SITES, Capability.DEVICE_OOM)
+    for site, capability in needs.items():
+        if device.capabilities[capability].yes:
+            device.arm(FaultPlan(site)).disarm()
+        else:
+            with pytest.raises(Unsupported, match=capability.value):
+                device.arm(FaultPlan(site))
+
+
+# What each fault is, shown by what cures it and what does not.
+
+
+def _needs(device: Backend, capability: Capability) -> None:
+    if not device.capabilities[capability].yes:
+        pytest.skip(f"{device.name} states: {device.capabilities[capability].reason}")
+
+
+@pytest.mark.parametrize("site", DEVICE_OOM_SITES, ids=lambda s: s.value)
+def test_an_injected_device_oom_is_genuine_and_lifting_it_cures(device: Backend, site: Site) -> None:
+    _needs(device, Capability.DEVICE_OOM)
+    model = device.load(DEFAULT_MODEL)
+    features = _features(model)
+    expected = model.run(features)
+    with device.arm(FaultPlan(site, times=None)) as fault:
+        kinds = [_kind(lambda: model.run(features)) for _ in range(2)]
+        record = fault.record()
+    gc.collect()
+    device.release_cached()
+    assert kinds == [ErrorKind.DEVICE_OOM] * 2, f"the errors are {kinds}"
+    assert dataclasses.replace(record, detail="") == FaultRecord(2, 2, 0, Provenance.CAPPED), f"the record is {record}"
+    assert np.array_equal(model.run(features), expected), "the scores differ after the fault was lifted"
+
+
+def test_a_full_cache_is_cured_by_releasing_it(device: Backend) -> None:
+    _needs(device, Capability.DEVICE_OOM)
+    model = device.load(DEFAULT_MODEL)
+    features = _features(model)
+    with device.arm(FaultPlan(Site.DEVICE_CACHE)):
+        kinds = [_kind(lambda: model.run(features)) for _ in range(2)]
+        device.release_cached()
+        model.run(features)
+    assert kinds == [ErrorKind.DEVICE_OOM] * 2, f"before the release the errors are {kinds}"
+
+
+def test_device_garbage_is_cured_by_collecting_and_not_by_releasing(device: Backend) -> None:
+    _needs(device, Capability.DEVICE_OOM)
+    model = device.load(DEFAULT_MODEL)
+    features = _features(model)
+    with device.arm(FaultPlan(Site.DEVICE_GARBAGE)):
+        kinds = [_kind(lambda: model.run(features))]
+        device.release_cached()
+        kinds.append(_kind(lambda: model.run(features)))
+        gc.collect()
+        device.release_cached()
+        model.run(features)
+    assert kinds == [ErrorKind.DEVICE_OOM] * 2, f"before the collection the errors are {kinds}"
+
+
+def test_a_device_held_by_others_is_cured_by_a_smaller_batch_only(device: Backend) -> None:
+    _needs(device, Capability.DEVICE_OOM)
+    model = device.load(DEFAULT_MODEL)
+    fits = model.working_set_bytes(2) * 5 // 4
+    with device.arm(FaultPlan(Site.DEVICE_MEMORY, times=None, min_bytes=fits)):
+        kinds = [_kind(lambda: model.run(_features(model, 4)))]
+        gc.collect()
+        device.release_cached()
+        kinds.append(_kind(lambda: model.run(_features(model, 4))))
+        device.release_cached()
+        model.run(_features(model, 2))
+    assert kinds == [ErrorKind.DEVICE_OOM] * 2, f"with {fits} bytes free the errors of a batch of 4 are {kinds}"
+
+
+# The rest of the contract.
+
+
+def test_a_healthy_device_is_found_healthy_and_a_full_one_is_not(device: Backend) -> None:
+    _needs(device, Capability.MEMORY_LIMIT)
+    before = device.healthy()
+    held = ballast.fill(device.allocate)
+    full = device.healthy()
+    ballast.free(held)
+    after = device.healthy()
+    assert before.ok and 0 < before.max_abs_error < 1e-3 and before.latency_s > 0, f"healthy: {before}"
+    assert not full.ok, f"a full device was found healthy: {full}"
+    assert "Available memory" in full.detail or "out of memory" in full.detail, f"the detail does not say why: {full}"
+    assert after.ok, f"with the memory back: {after}"
+
+
+def test_freeing_twice_counts_once(device: Backend) -> None:
+    before = device.memory().used_bytes
+    piece: Allocation = device.allocate(MIB)
+    piece.free()
+    piece.free()
+    assert device.memory().used_bytes == before, f"{before} bytes in use before, {device.memory().used_bytes} after"
+
+
+def test_probing_an_available_backend_names_its_runtime(device: Backend) -> None:
+    found = type(device).probe()
+    assert found.available and found.runtime and not found.reason, f"the probe says {found}"

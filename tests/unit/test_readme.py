@@ -1,0 +1,390 @@
+"""The README is true: criteria, commands, links, marks, sessions and options are what the code has."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import functools
+import inspect
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from backends.contract import Backend, Capability
+from protection.policy import Policy
+from qualification.criteria import CRITERIA, PARAMETERS, Criterion
+from qualification.records import RecordWriter
+from qualification.run import Run
+from qualification.subject import EVENT_KINDS, STRATEGIES, load_factory
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+WORKFLOW = ROOT / ".github" / "workflows" / "memory.yml"
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tests" / "data" / "README.md"]
+QUALIFICATION = ("tests/test_memory_protection.py", "tests/test_oom_recovery.py")
+TESTS = list(dict.fromkeys(criterion.test for criterion in CRITERIA))
+
+#: Commands that are shown and not executed: their first words, and why not.
+EXEMPT = {
+    "pip install nox": "needs a package index; the session that runs this test was made by nox",
+    "pipx run nox": "needs pipx and a package index; its session is checked",
+    "uvx nox": "needs uv and a package index; its session is checked",
+    "python3 -m venv .venv": "makes a virtual environment in the checkout",
+    ". .venv/bin/activate": "changes the shell that it is typed into",
+    "nvidia-smi": "needs an NVIDIA driver",
+    "watch": "runs until it is stopped, in a second terminal",
+    "ls -t results": "the folder is there after the first run",
+    "espeak-ng": "needs a speech synthesiser; the recording is committed",
+    "sox": "needs SoX; the recording is committed",
+}
+
+
+# Reading the documents.
+
+
+def fences(text: str, *languages: str) -> list[str]:
+    """Give the fenced blocks of these languages."""
+    found = re.findall(r"(?ms)^```(\w*)\n(.*?)^```$", text)
+    return [body for language, body in found if language in languages]
+
+
+def commands_in(text: str) -> list[str]:
+    """Give every command: the lines of bash blocks, and commands in running text."""
+    lines = [line for body in fences(text, "bash") for line in body.replace("\\\n", " ").splitlines()]
+    inline = re.findall(r"`((?:pytest|nox|python3?|pip|pipx|uvx) [^`\n]+)`", re.sub(r"(?ms)^```.*?^```$", "", text))
+    commands = [" ".join(line.split()) for line in (*lines, *inline)]
+    # A name in capitals or a `…` stands for something that is to be filled in.
+    return [each for each in commands if each and not each.startswith("#") and not re.search(r"…|\b[A-Z]{4,}\b", each)]
+
+
+def workflow_commands(text: str) -> list[str]:
+    """Give what a workflow runs."""
+    return re.findall(r"(?m)^\s+(?:- )?run: (.+)$", text)
+
+
+COMMANDS = sorted(
+    {
+        *(command for path in DOCUMENTS for command in commands_in(path.read_text(encoding="utf-8"))),
+        *workflow_commands(WORKFLOW.read_text(encoding="utf-8")),
+    }
+)
+
+
+def exemptions(command: str) -> set[str]:
+    """Give what exempts a command from being executed."""
+    words = re.sub(r"^python3? -m pip ", "pip ", command) + " "
+    return {each for each in EXEMPT if words.startswith(f"{each} ")}
+
+
+def section(title: str) -> str:
+    """Give the README's section under this heading, subsections included."""
+    level, fenced, inside = 0, False, []
+    for line in README.splitlines(keepends=True):
+        fenced ^= line.startswith("```")
+        # A comment in a block of commands is no heading.
+        heading = None if fenced else re.match(r"(#+) (.+)", line)
+        if heading and level and len(heading[1]) <= level:
+            break
+        if level:
+            inside.append(line)
+        elif heading and heading[2] == title:
+            level = len(heading[1])
+    assert level, f"README.md has no section {title!r}"
+    return "".join(inside)
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run in the checkout."""
+    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+
+
+def anchors(text: str) -> set[str]:
+    """Give the anchors that GitHub makes of the headings."""
+    headings = re.findall(r"(?m)^#+ (.+)$", re.sub(r"(?ms)^```.*?^```$", "", text))
+    return {re.sub(r"[^\w\- ]", "", heading.replace("`", "").lower()).replace(" ", "-") for heading in headings}
+
+
+# The tests of the qualification: docstring, criteria, README.
+
+
+@functools.cache
+def docstrings() -> dict[str, tuple[str, str]]:
+    """Give (id, docstring) of every test of the qualification, by name."""
+    found: dict[str, tuple[str, str]] = {}
+    for name in QUALIFICATION:
+        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+        for group in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+            for test in (node for node in group.body if isinstance(node, ast.FunctionDef)):
+                if test.name.startswith("test_"):
+                    found[test.name] = (f"{name}::{group.name}::{test.name}", ast.get_docstring(test) or "")
+    return found
+
+
+def bullets(text: str) -> list[str]:
+    """Give the first list after ``Pass criteria:``."""
+    found = re.search(r"Pass criteria:(?:\*\*)?\n((?:- .+(?:\n|\Z))+)", text)
+    return [] if found is None else [line.removeprefix("- ") for line in found[1].splitlines()]
+
+
+def scenario(identity: str) -> str:
+    """Give the README's text under the test's own command."""
+    found = re.search(rf"(?ms)^pytest {re.escape(identity)} -v\n```\n(.*?)(?=^#|\Z)", section("Test scenarios"))
+    assert found, f"README.md has no scenario with the command: pytest {identity} -v"
+    return found[1]
+
+
+def test_every_test_has_criteria_and_every_criterion_a_test() -> None:
+    assert set(docstrings()) == set(TESTS), f"only one of the two: {set(docstrings()) ^ set(TESTS)}"
+
+
+@pytest.mark.parametrize("name", TESTS)
+def test_docstring_readme_and_criteria_promise_the_same(name: str) -> None:
+    identity, docstring = docstrings()[name]
+    promises = [criterion.promise for criterion in CRITERIA if criterion.test == name]
+    assert bullets(docstring) == promises, f"the docstring of {name} promises {bullets(docstring)}"
+    shown = scenario(identity)
+    assert bullets(shown) == promises, f"README.md promises {bullets(shown)} for {name}"
+    what = " ".join(docstring.split("Pass criteria:")[0].split())
+    assert f"**Tests:** {what}\\" in shown, f"README.md does not say of {name}: {what}"
+    assert re.search(r"(?m)^\*\*Duration:\*\* .+\\$", shown), f"README.md has no duration of {name}"
+
+
+@pytest.mark.parametrize("criterion", CRITERIA, ids=lambda each: f"{each.test}-{each.name}")
+def test_the_numbers_of_a_promise_are_its_limit(criterion: Criterion) -> None:
+    numbers = {float(number) for number in re.findall(r"\d+(?:\.\d+)?", criterion.promise)}
+    if criterion.limit not in (0, 1) or (criterion.limit and criterion.relation in ("<", "<=", ">")):
+        assert criterion.limit in numbers, f"{criterion.promise!r} does not name its limit {criterion.limit:g}"
+    policy = Policy()
+    others = {parameter.value for parameter in PARAMETERS if parameter.test == criterion.test}
+    others |= {100 * share for share in (policy.warning, policy.critical, policy.emergency, policy.shutdown)}
+    unknown = numbers - others - {criterion.limit}
+    assert not unknown, f"{criterion.promise!r} names {unknown}: no limit, parameter or level of pressure"
+
+
+# Commands.
+
+
+@functools.cache
+def sessions() -> set[str]:
+    """Give the sessions of ``nox --list``."""
+    done = run(sys.executable, "-m", "nox", "--no-color", "--list")
+    assert done.returncode == 0, done.stderr
+    return set(re.findall(r"(?m)^[*-] (\S+) ", done.stdout))
+
+
+@functools.cache
+def collected() -> set[str]:
+    """Give the ids of every test of the qualification, as pytest collects them."""
+    done = run(sys.executable, "-m", "pytest", "--collect-only", "-q", *QUALIFICATION)
+    assert done.returncode == 0, done.stdout[-2000:]
+    return {line for line in done.stdout.splitlines() if "::" in line}
+
+
+def collect(words: list[str], criteria: Path) -> str | None:
+    """Have pytest collect what a command names; give what is wrong, or None."""
+    ids, options = [word for word in words if word.startswith("tests/")], [word for word in words if "::" not in word]
+    if options == ["-v"]:
+        # Nothing but ids: one collection serves all of them.
+        missing = [
+            each for each in ids if not any(test == each or test.startswith(f"{each}::") for test in collected())
+        ]
+        return f"pytest has no {', '.join(missing)}" if missing else None
+    words = [str(criteria) if word == "criteria.toml" else word for word in words]
+    done = run(sys.executable, "-m", "pytest", "--collect-only", "-q", *words)
+    return (
+        None
+        if done.returncode == 0
+        else f"pytest ended with {done.returncode}: {done.stdout[-800:]}{done.stderr[-800:]}"
+    )
+
+
+@functools.cache
+def harness_help() -> str:
+    """Give the stress harness's --help."""
+    done = run(sys.executable, "tests/test_memory_protection.py", "--help")
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def check(command: str, criteria: Path) -> str | None:
+    """Execute a command as far as its length allows; give what is wrong, or None."""
+    words = shlex.split(command)
+    if words[:2] in (["python", "-m"], ["python3", "-m"]) and words[2] in ("pytest", "nox", "pip"):
+        words = words[2:]
+    if exemptions(command):
+        named = set(re.findall(r"nox -s ([\w-]+)", command))
+        return f"nox has no session {named - sessions()}" if named - sessions() else None
+    match words:
+        case ["pytest", *rest]:
+            return collect(rest, criteria)
+        case ["nox", "-s", "doctor"]:
+            done = run(sys.executable, "-m", "nox", "-s", "doctor")
+            return None if "environment  can run" in done.stdout else f"nox ended with {done.returncode}: {done.stderr}"
+        case ["nox", "-s", session, *rest]:
+            if session not in sessions() or (rest and rest[0] != "--"):
+                return f"nox has no session {session}, or {rest} does not begin with --"
+            return collect([*QUALIFICATION, *rest[1:]], criteria) if rest else None
+        case ["nox", "--list"]:
+            return None if sessions() else "nox lists no session"
+        case ["pip", "install", "-r", name]:
+            pins = re.findall(r"(?m)^([\w.-]+)==", (ROOT / "constraints" / "cpu.txt").read_text(encoding="utf-8"))
+            required = re.findall(r"(?m)^[\w.-]+$", (ROOT / name).read_text(encoding="utf-8"))
+            unpinned = set(required) - set(pins)
+            return f"{name} requires {unpinned}, which have no pin" if unpinned or not required else None
+        case ["python", "tests/test_memory_protection.py", *rest]:
+            unknown = [word for word in rest if word.startswith("--") and word not in harness_help()]
+            return f"the harness has no {', '.join(unknown)}" if unknown else None
+    return "it is neither executed here nor on the list of exemptions"
+
+
+@pytest.fixture(scope="module")
+def wrong_with(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str | None]:
+    """Check all commands once, two at a time, and give what is wrong with each."""
+    criteria = tmp_path_factory.mktemp("readme") / "criteria.toml"
+    criteria.write_text(fences(section("Criteria overrides"), "toml")[0], encoding="utf-8")
+    sessions(), collected()
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(zip(COMMANDS, pool.map(lambda command: check(command, criteria), COMMANDS), strict=True))
+    return found.__getitem__
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_does_what_it_says(command: str, wrong_with: Callable[[str], str | None]) -> None:
+    problem = wrong_with(command)
+    assert problem is None, f"{command}: {problem}"
+
+
+def test_every_exemption_is_needed() -> None:
+    used = {each for command in COMMANDS for each in exemptions(command)}
+    assert used == set(EXEMPT), f"no document has these commands any more: {set(EXEMPT) - used}"
+
+
+def test_the_two_commands_come_first() -> None:
+    assert fences(README, "bash")[0].splitlines() == ["python3 -m pip install nox", "nox -s memory-quick"]
+    assert "Plimsoll tells you whether" in README.splitlines()[0]
+
+
+# Names.
+
+
+def test_every_session_that_is_named_exists() -> None:
+    text = "\n".join(path.read_text(encoding="utf-8") for path in (*DOCUMENTS, WORKFLOW))
+    named = set(re.findall(r"nox -s ([a-z0-9-]*[a-z0-9])(?!…)\b", text))
+    assert named - {"memory-quick-", "memory-soak-"} <= sessions(), f"nox has no session {named - sessions()}"
+    table = set(re.findall(r"(?m)^\| `nox -s ([\w-]+)` \|", README))
+    assert table == sessions(), f"the README's table and nox differ in {table ^ sessions()}"
+
+
+def test_the_marks_are_those_of_the_configuration() -> None:
+    configuration = configparser.ConfigParser(interpolation=None)
+    configuration.read(ROOT / "pytest_memory.ini")
+    declared = configuration["pytest"]["markers"].strip().splitlines()
+    names = [re.split(r"[(:]", line, maxsplit=1)[0] for line in declared]
+    assert re.findall(r"(?m)^  - `(\w+)`: ", section("Test configuration")) == names
+    assert set(re.findall(r"@pytest\.mark\.(\w+)", README)) <= set(names)
+    assert configuration["pytest"]["timeout"] == "7200" and configuration["pytest"]["log_level"] == "INFO"
+
+
+def test_the_options_are_those_of_pytest_help() -> None:
+    text = run(sys.executable, "-m", "pytest", "--help").stdout
+    ours = re.search(r"(?ms)^qualification \(Plimsoll\):\n(.*?)^\S", text)
+    assert ours, "pytest --help has no group of ours"
+    declared = re.findall(r"(?m)^  (--[\w-]+)=(\S+)", ours[1])
+    assert re.findall(r"(?m)^\| `(--[\w-]+) (\S+)` \|", section("Options")) == declared
+
+
+def test_the_parameters_of_the_harness_have_their_defaults() -> None:
+    shown = dict(re.findall(r"(?m)^- `(--[\w-]+)`: .+\(default: (.+)\)$", section("Memory stress harness")))
+    flat = " ".join(harness_help().split())
+    for option, default in shown.items():
+        assert re.search(rf"{option} [A-Z]+ [^-]*?\(default: {re.escape(default)}\)", flat), f"{option}: not {default}"
+    expected = ["--duration", "--gpu-pressure", "--cpu-pressure", "--toggle-interval", "--backend"]
+    assert list(shown) == expected
+
+
+def test_the_workflow_of_the_readme_is_the_one_that_runs() -> None:
+    assert fences(README, "yaml") == [WORKFLOW.read_text(encoding="utf-8")]
+
+
+# Links and files.
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_and_files_resolve(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    prose = re.sub(r"(?ms)^```.*?^```$", "", text)
+    broken = []
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", prose):
+        name, _, anchor = target.partition("#")
+        file = path.parent / name if name else path
+        if not file.exists() or (anchor and anchor not in anchors(file.read_text(encoding="utf-8"))):
+            broken.append(target)
+    named = re.findall(
+        r"`((?:backends|protection|qualification|tests|docs|constraints|\.ci|\.github)/[\w./-]*)`", prose
+    )
+    broken += [name for name in named if not (ROOT / name).exists()]
+    assert not broken, f"{path.name} points to what is not there: {broken}"
+
+
+# What the documents for authors of applications and readers of records say.
+
+DOCS = {path.stem: path.read_text(encoding="utf-8") for path in DOCUMENTS[1:-1]}
+
+
+def test_the_kinds_of_events_are_all_named() -> None:
+    text = DOCS["bring-your-own-application"].split("## Event kinds")[1].split("\n## ")[0]
+    first, rest = text.split("`oom_detected` opens")
+    assert set(re.findall(r"`(\w+)`", first)) == EVENT_KINDS
+    assert re.findall(r"`(\w+)`", rest.split(":")[1].split(".")[0]) == list(STRATEGIES)
+
+
+def test_the_small_subject_keeps_and_answers_what_it_accepts(tmp_path: Path) -> None:
+    (source,) = fences(DOCS["bring-your-own-application"], "python")
+    (tmp_path / "small.py").write_text(source, encoding="utf-8")
+    factory = load_factory(f"{tmp_path / 'small.py'}:factory")
+    context = SimpleNamespace(workdir=tmp_path / "spool")
+    audio = np.linspace(-1, 1, 40_000, dtype=np.float32)
+    first = factory(context)  # type: ignore[arg-type]
+    assert [first.feed(0, audio[:30_000]), first.feed(20_000, audio[20_000:30_000])] == [30_000, 30_000]
+    first.close()
+    second = factory(context)  # type: ignore[arg-type]
+    assert second.feed(30_000, audio[30_000:]) == 40_000
+    assert np.array_equal(second.recovered(), audio)  # type: ignore[attr-defined]
+    assert [(each.start, each.stop) for each in second.results()] == [(0, 16_000), (16_000, 32_000), (32_000, 40_000)]
+    second.close()
+
+
+def test_the_example_reads_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results").mkdir()
+    writer = RecordWriter(tmp_path / "results" / "cpu.jsonl", {"backend": "cpu"})
+    writer.criterion(backend="cpu", environment="cpu", test="t", criterion="c", verdict="pass", value=1.0)
+    writer.close()
+    (source,) = fences(DOCS["read-the-records"], "python")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(source, "read-the-records.md", "exec"), {})
+    assert capsys.readouterr().out == "cpu.jsonl whole {'pass': 1}\n"
+
+
+def test_the_fields_of_a_record_are_all_named() -> None:
+    first, criterion = DOCS["read-the-records"].split("**Then a line for each criterion")
+    named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"(?m)^\| (`.+?) \|", first))))
+    written = set(re.findall(r'(?m)^ {12}"(\w+)": ', inspect.getsource(Run._about)))
+    assert named == written | {"schema_version", "stress"}
+    named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"(?m)^\| (`.+?) \|", criterion))))
+    assert named == set(inspect.signature(RecordWriter.criterion).parameters) - {"self"}
+
+
+def test_the_contract_is_all_named() -> None:
+    tables = DOCS["adding-a-backend"].split("| Method |")
+    assert re.findall(r"(?m)^\| `(\w+)` \|", tables[0]) == [each.value for each in Capability]
+    assert set(re.findall(r"(?m)^\| `(\w+)\(", tables[1])) == Backend.__abstractmethods__

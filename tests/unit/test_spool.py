@@ -1,0 +1,410 @@
+"""The spool keeps what it accepted, says clearly why it cannot accept more, and never keeps half of anything."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import stat
+import subprocess
+import sys
+import wave
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from protection.spool import AudioError, Result, Spool, SpoolBusy, SpoolError, SpoolFull
+
+ROOT = Path(__file__).resolve().parents[2]
+RATE = 16_000
+Audio = Callable[[float], npt.NDArray[np.float32]]
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Iterator[Spool]:
+    made = Spool(tmp_path / "s", RATE)
+    yield made
+    made.close()
+
+
+def _result(start: int, stop: int, value: float | None = 1.0) -> Result:
+    return Result(start, stop, None if value is None else np.full((2, 3), value, np.float32), "cpu", False)
+
+
+def _feed(spool: Spool, samples: npt.NDArray[np.float32]) -> None:
+    for start in range(0, len(samples), 1600):
+        spool.append(start, samples[start : start + 1600])
+
+
+@contextlib.contextmanager
+def _tmpfs(folder: Path, options: str) -> Iterator[Path]:
+    """Mount a file system of our own; not run where that is not allowed."""
+    folder.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a file system of our own needs root")
+    command = ["mount", "-t", "tmpfs", "-o", options, "none", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"mounting is not allowed here: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+# Durable.
+
+
+def test_a_commit_is_on_the_disk_when_it_returns(spool: Spool) -> None:
+    expected = {"synchronous": 2, "journal_mode": "wal", "secure_delete": 1}
+    found = {name: spool._db.execute(f"PRAGMA {name}").fetchone()[0] for name in expected}
+    assert found == expected, f"SQLite's settings are {found}"
+
+
+def test_every_file_is_for_the_user_alone(spool: Spool, audio: Audio) -> None:
+    spool.append(0, audio(0.1))
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in spool.path.parent.iterdir()}
+    assert {"spool.db", "spool.db-wal", "spool.lock"} <= set(modes), f"the files are {sorted(modes)}"
+    assert set(modes.values()) == {0o600}, f"the modes are { {name: oct(mode) for name, mode in modes.items()} }"
+    folder = stat.S_IMODE(spool.path.parent.stat().st_mode)
+    assert folder == 0o700, f"the folder's mode is {folder:o}"
+
+
+def test_what_was_accepted_is_there_after_a_kill(tmp_path: Path, audio: Audio) -> None:
+    program = (
+        "import os, signal, sys, numpy as np; from pathlib import Path; from protection.spool import Spool\n"
+        "spool = Spool(Path(sys.argv[1]), 16000)\n"
+        "for k in range(7): spool.append(k * 1600, np.full(1600, k, np.float32))\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, check=False)
+    assert done.returncode == -9, f"the process ended with {done.returncode}"
+    spool = Spool(tmp_path, RATE)
+    found = spool.read(0, spool.accepted)
+    spool.close()
+    assert len(found) == 7 * 1600, f"{len(found)} samples are there, {7 * 1600} were accepted"
+    assert np.array_equal(found, np.repeat(np.arange(7, dtype=np.float32), 1600)), "the samples are others"
+
+
+# Feeding.
+
+
+def test_feeding_is_idempotent_by_position(spool: Spool, audio: Audio) -> None:
+    samples = audio(1.0)
+    returned = [spool.append(start, samples[start:8000]) for start in (0, 0, 4000)]
+    assert returned == [8000] * 3, f"feeding the same again returned {returned}"
+    rows = spool._db.execute("SELECT COUNT(*) FROM blocks").fetchone()[0]
+    assert rows == 1, f"{rows} blocks are stored where one was new"
+    assert np.array_equal(spool.read(0, 8000), samples[:8000]), "the samples are others"
+
+
+def test_an_overlap_with_the_same_samples_adds_only_what_is_new(spool: Spool, audio: Audio) -> None:
+    samples = audio(1.0)
+    spool.append(0, samples[:8000])
+    assert spool.append(5000, samples[5000:12_000]) == 12_000, f"{spool.accepted} samples are accepted"
+    assert np.array_equal(spool.read(0, 12_000), samples[:12_000]), "the samples are others"
+
+
+def test_an_overlap_with_other_samples_is_refused_and_changes_nothing(spool: Spool, audio: Audio) -> None:
+    samples = audio(1.0)
+    spool.append(0, samples[:8000])
+    other = samples[4000:12_000].copy()
+    other[10] += 1e-6
+    with pytest.raises(AudioError, match=r"samples \[4000, 8000\) were accepted before with other values"):
+        spool.append(4000, other)
+    assert spool.accepted == 8000, f"{spool.accepted} samples are accepted"
+    assert np.array_equal(spool.read(0, 8000), samples[:8000]), "what was accepted has changed"
+
+
+def test_a_gap_is_refused_with_the_position_to_go_on_from(spool: Spool, audio: Audio) -> None:
+    spool.append(0, audio(0.1))
+    with pytest.raises(
+        AudioError, match="starts at sample 1601, but only 1600 were accepted: feed the samples from 16"
+    ):
+        spool.append(1601, audio(0.1))
+    assert spool.accepted == 1600, f"{spool.accepted} samples are accepted"
+
+
+@pytest.mark.parametrize("length", [0, 1, 3])
+def test_a_tiny_block_is_a_block(spool: Spool, audio: Audio, length: int) -> None:
+    samples = audio(1.0)
+    assert spool.append(0, samples[:length]) == length, f"{spool.accepted} samples are accepted"
+    assert np.array_equal(spool.read(0, length), samples[:length]), "the samples are others"
+
+
+def test_samples_that_are_not_contiguous_in_memory_are_stored_as_they_are(spool: Spool, audio: Audio) -> None:
+    samples = audio(1.0)[::3]
+    spool.append(0, samples)
+    assert spool.append(0, samples) == len(samples), "feeding the same again was not recognised"
+    assert np.array_equal(spool.read(0, len(samples)), samples), "the samples are others"
+
+
+def test_every_bit_is_kept(spool: Spool) -> None:
+    samples = np.array([0.0, -0.0, 1e-45, -1e-45, 3e38, -3e38, 0.1], np.float32)
+    spool.append(0, samples)
+    assert spool.read(0, len(samples)).tobytes() == samples.tobytes(), "the bits are others"
+
+
+def test_reading_before_the_beginning_is_silence_and_behind_the_end_an_error(spool: Spool, audio: Audio) -> None:
+    samples = audio(0.1)
+    spool.append(0, samples)
+    found = spool.read(-100, 50)
+    assert not found[:100].any() and np.array_equal(found[100:], samples[:50]), "silence is not before the beginning"
+    with pytest.raises(SpoolError, match=r"has no samples \[1600, 1601\)"):
+        spool.read(0, 1601)
+
+
+# One at a time.
+
+
+def test_a_second_spool_on_the_folder_is_refused_and_names_the_process(spool: Spool) -> None:
+    with pytest.raises(SpoolBusy, match=rf"another pipeline \(process {os.getpid()}\) has the spool .* open"):
+        Spool(spool.path.parent, RATE)
+
+
+def test_another_process_is_named_and_its_death_frees_the_folder(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from protection.spool import Spool\n"
+        "spool = Spool(Path(sys.argv[1]), 16000); print(flush=True); input()\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    child.stdout.readline()
+    with pytest.raises(SpoolBusy, match=rf"process {child.pid}\)"):
+        Spool(tmp_path, RATE)
+    child.kill()
+    child.communicate()
+    Spool(tmp_path, RATE).close()
+
+
+def test_closing_frees_the_folder_and_a_second_call_does_nothing(tmp_path: Path) -> None:
+    first = Spool(tmp_path, RATE)
+    first.close()
+    first.close()
+    second = Spool(tmp_path, RATE)
+    with pytest.raises(SpoolError, match="was closed: open it again"):
+        first.append(0, np.zeros(10, np.float32))
+    assert second.append(0, np.zeros(10, np.float32)) == 10, "the second spool does not work"
+    second.close()
+
+
+# Full, and not writable.
+
+
+def test_a_full_spool_keeps_what_it_accepted_and_goes_on_with_a_larger_limit(tmp_path: Path, audio: Audio) -> None:
+    samples = audio(10.0)
+    spool = Spool(tmp_path, RATE, limit_bytes=256 << 10)
+    with pytest.raises(SpoolFull, match="raise spool_limit_bytes") as caught:
+        _feed(spool, samples)
+    accepted = spool.accepted
+    cause = caught.value.__cause__
+    assert isinstance(cause, sqlite3.Error) and cause.sqlite_errorcode == sqlite3.SQLITE_FULL, f"the cause is {cause!r}"
+    assert 30_000 < accepted < 65_536 and accepted % 1600 == 0, f"{accepted} samples were accepted in 256 KiB"
+    with pytest.raises(SpoolFull):
+        spool.append(accepted, samples[accepted : accepted + 1600])
+    assert np.array_equal(spool.read(0, accepted), samples[:accepted]), "what was accepted has changed"
+    spool.close()
+    larger = Spool(tmp_path, RATE, limit_bytes=1 << 20)
+    assert larger.accepted == accepted, f"{larger.accepted} samples are there after opening, {accepted} were accepted"
+    assert larger.append(accepted, samples[accepted:]) == len(samples), f"only {larger.accepted} were accepted"
+    assert np.array_equal(larger.read(0, len(samples)), samples), "the samples are others"
+    larger.close()
+
+
+def test_a_full_disk_keeps_what_was_accepted(tmp_path: Path, audio: Audio) -> None:
+    samples = audio(20.0)
+    with _tmpfs(tmp_path / "disk", "size=512k") as folder:
+        spool = Spool(folder / "s", RATE)
+        with pytest.raises(SpoolFull, match="free some disk"):
+            _feed(spool, samples)
+        accepted = spool.accepted
+        found = spool.read(0, accepted)
+        subprocess.run(["mount", "-o", "remount,size=8m", str(folder)], check=True)
+        after = spool.append(accepted, samples[accepted:])
+        everything = spool.read(0, after)
+        spool.close()
+    assert accepted > 0 and np.array_equal(found, samples[:accepted]), f"of {accepted} samples accepted some are others"
+    assert np.array_equal(everything, samples), f"with room again {after} of {len(samples)} are accepted"
+
+
+def test_a_read_only_file_system_is_named(tmp_path: Path, audio: Audio) -> None:
+    with _tmpfs(tmp_path / "disk", "size=8m") as folder:
+        spool = Spool(folder / "s", RATE)
+        spool.append(0, audio(0.5))
+        spool.close()
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        with pytest.raises(SpoolError, match=r"cannot be written .*choose another folder"):
+            Spool(folder / "s", RATE)
+        subprocess.run(["mount", "-o", "remount,rw", str(folder)], check=True)
+        spool = Spool(folder / "s", RATE)
+        found = spool.read(0, spool.accepted)
+        spool.close()
+    assert np.array_equal(found, audio(0.5)), f"{len(found)} samples are there, 8000 were accepted"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(SpoolError, match=r"the spool folder .*file/s cannot be written .*choose another folder"):
+        Spool(tmp_path / "file" / "s", RATE)
+
+
+def test_a_file_that_is_no_database_is_named_and_left_as_it_is(tmp_path: Path) -> None:
+    content = b"these are somebody's notes, and no database at all" * 100
+    (tmp_path / "spool.db").write_bytes(content)
+    for _ in range(2):
+        with pytest.raises(SpoolError, match=r"could not be used to open .*not a database"):
+            Spool(tmp_path, RATE)
+    assert (tmp_path / "spool.db").read_bytes() == content, "the file was changed"
+
+
+def test_a_spool_of_another_sample_rate_or_schema_is_refused(tmp_path: Path) -> None:
+    Spool(tmp_path, RATE).close()
+    with pytest.raises(SpoolError, match="has sample_rate_hz 16000, expected 8000: use another folder"):
+        Spool(tmp_path, 8000)
+    with contextlib.closing(sqlite3.connect(tmp_path / "spool.db", isolation_level=None)) as db:
+        db.execute("UPDATE meta SET value = '99' WHERE key = 'schema_version'")
+    with pytest.raises(SpoolError, match="has schema_version 99, expected 1: use another folder"):
+        Spool(tmp_path, RATE)
+
+
+def test_a_damaged_spool_says_which_samples_are_missing(tmp_path: Path, audio: Audio) -> None:
+    spool = Spool(tmp_path, RATE)
+    for start in (0, 1600, 3200):
+        spool.append(start, audio(0.1))
+    spool.close()
+    with contextlib.closing(sqlite3.connect(tmp_path / "spool.db", isolation_level=None)) as db:
+        db.execute("DELETE FROM blocks WHERE start = 1600")
+    spool = Spool(tmp_path, RATE)
+    with pytest.raises(SpoolError, match=r"has no samples \[1600, 4800\): it is damaged"):
+        spool.read(0, 4800)
+    spool.close()
+
+
+# Answering.
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        [_result(1, 100)],
+        [_result(0, 100), _result(101, 200)],
+        [_result(0, 100), _result(50, 200)],
+        [_result(0, 0)],
+        [_result(0, 1601)],
+        [_result(100, 50)],
+    ],
+    ids=["late", "gap", "overlap", "empty", "beyond", "backwards"],
+)
+def test_answers_have_to_continue_and_none_of_a_bad_call_is_kept(
+    spool: Spool, audio: Audio, results: list[Result]
+) -> None:
+    spool.append(0, audio(0.1))
+    with pytest.raises(SpoolError, match=r"does not continue the answered \[0, "):
+        spool.answer(results)
+    assert spool.answered == 0 and spool.results() == [], f"{len(spool.results())} results were kept"
+
+
+def test_answers_come_back_as_they_were_given_after_opening_again(tmp_path: Path, audio: Audio) -> None:
+    spool = Spool(tmp_path, RATE)
+    spool.append(0, audio(0.1))
+    given = [_result(0, 800, 0.25), Result(800, 1600, None, "cpu:arena", True)]
+    spool.answer(given)
+    spool.close()
+    spool = Spool(tmp_path, RATE)
+    found = spool.results()
+    answered = spool.answered
+    spool.close()
+    assert answered == 1600, f"{answered} samples are answered"
+    assert [(r.start, r.stop, r.device, r.degraded) for r in found] == [
+        (r.start, r.stop, r.device, r.degraded) for r in given
+    ], f"the results are {found}"
+    scores = found[0].output
+    assert scores is not None and np.array_equal(scores, np.full((2, 3), 0.25)), f"the scores are {scores}"
+    assert found[1].output is None, "a declared failure came back with an output"
+
+
+def test_an_answer_that_cannot_be_stored_leaves_no_trace(tmp_path: Path, audio: Audio) -> None:
+    spool = Spool(tmp_path, RATE, limit_bytes=256 << 10)
+    with pytest.raises(SpoolFull):
+        _feed(spool, audio(10.0))
+    large = Result(0, 1600, np.zeros((20_000, 32), np.float32), "cpu", False)
+    with pytest.raises(SpoolFull):
+        spool.answer([_result(0, 800), Result(800, 1600, large.output, "cpu", False)])
+    assert spool.answered == 0 and spool.results() == [], f"{len(spool.results())} results were kept"
+    spool.close()
+
+
+# Keeping and giving back.
+
+
+def test_a_wav_has_the_same_16_bits(spool: Spool, tmp_path: Path) -> None:
+    pcm = np.concatenate([np.arange(-32768, 32768, 7), [-32768, 32767, 0]]).astype("<i2")
+    spool.append(0, (pcm / np.float32(32768)).astype(np.float32))
+    written = spool.export_wav(tmp_path / "out.wav")
+    with wave.open(str(tmp_path / "out.wav"), "rb") as file:
+        shape = (file.getnchannels(), file.getsampwidth(), file.getframerate(), file.getnframes())
+        found = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+    assert shape == (1, 2, RATE, len(pcm)) and written == len(pcm), f"the file is {shape}, {written} samples written"
+    assert np.array_equal(found, pcm), f"{np.count_nonzero(found != pcm)} of {len(pcm)} samples differ"
+
+
+def test_samples_beyond_full_scale_are_clipped_not_wrapped(spool: Spool, tmp_path: Path) -> None:
+    spool.append(0, np.array([1.0, 2.0, -2.0, 3e38], np.float32))
+    spool.export_wav(tmp_path / "out.wav")
+    with wave.open(str(tmp_path / "out.wav"), "rb") as file:
+        found = np.frombuffer(file.readframes(4), "<i2").tolist()
+    assert found == [32767, 32767, -32768, 32767], f"the samples are {found}"
+
+
+def test_retention_keeps_the_left_context_and_what_is_unanswered(spool: Spool, audio: Audio) -> None:
+    samples = audio(3.0)
+    for start in range(0, len(samples), 1600):
+        spool.append(start, samples[start : start + 1600])
+    assert spool.forget(0.0, 8240) == 0, "unanswered audio was deleted"
+    spool.answer([_result(0, 16_000), _result(16_000, 32_000)])
+    kept_from = spool.forget(0.0, 8240)
+    assert kept_from == (32_000 - 8240) // 1600 * 1600, f"audio is kept from {kept_from}, answered are 32000"
+    assert np.array_equal(spool.read(kept_from, 48_000), samples[kept_from:]), "what is kept has changed"
+    with pytest.raises(SpoolError, match=f"from {kept_from - 1} were asked for, but those before {kept_from} were"):
+        spool.read(kept_from - 1, 48_000)
+    assert spool.append(0, samples) == 48_000, "feeding deleted audio again is not idempotent"
+    assert len(spool.results()) == 2, "results were deleted"
+
+
+def test_young_audio_is_not_deleted(spool: Spool, audio: Audio) -> None:
+    spool.append(0, audio(1.0))
+    spool.answer([_result(0, 16_000)])
+    assert spool.forget(3600.0, 0) == 0, "audio younger than an hour was deleted"
+    assert spool.forget(0.0, 0) == 16_000, "answered audio was not deleted"
+
+
+def test_deleted_audio_stays_deleted_and_accepted_after_opening_again(tmp_path: Path, audio: Audio) -> None:
+    spool = Spool(tmp_path, RATE)
+    spool.append(0, audio(1.0))
+    spool.answer([_result(0, 16_000)])
+    spool.forget(0.0, 0)
+    spool.close()
+    spool = Spool(tmp_path, RATE)
+    found = (spool.accepted, spool.answered, spool.kept_from)
+    grown = spool.append(16_000, audio(0.1))
+    spool.close()
+    assert found == (16_000, 16_000, 16_000), f"accepted, answered, kept from are {found}"
+    assert grown == 17_600, f"after another 1600 samples {grown} are accepted"
+
+
+def test_deleted_audio_is_overwritten(tmp_path: Path) -> None:
+    marked = np.frombuffer(b"WHAT THE USER SAID. " * 800, np.float32)
+    spool = Spool(tmp_path, RATE)
+    spool.append(0, marked)
+    spool.append(len(marked), np.zeros(10, np.float32))
+    spool.answer([_result(0, len(marked))])
+    spool.forget(0.0, 0)
+    spool.close()
+    left = [path.name for path in tmp_path.iterdir() if b"WHAT THE USER SAID" in path.read_bytes()]
+    assert not left, f"deleted audio can be read in {left}"

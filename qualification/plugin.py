@@ -10,6 +10,7 @@ import logging
 import shlex
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from qualification.criteria import DEVICE_LIMIT, Criterion
 from qualification.host import MB, Hosted, Job
 from qualification.judge import Judge
 from qualification.progress import Progress
+from qualification.records import RecordError
 from qualification.run import DEFAULT_AUDIO, DEFAULT_RESULTS, Refused, Run, prepare
 from qualification.stream import Stream
 from qualification.subject import DEFAULT_SUBJECT, Result, Subject, SubjectContext, absolute
@@ -98,6 +100,18 @@ def _prepare(config: pytest.Config) -> Run:
         raise pytest.UsageError(str(error)) from error
 
 
+class _LogFile(logging.FileHandler):
+    """The log beside the records. A full disk is the records' to report, once."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  # logging's name
+        """Say nothing."""
+
+    def close(self) -> None:
+        """Close, whatever could not be written."""
+        with suppress(OSError):
+            super().close()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Take the device's lock and begin the records, unless tests are only listed."""
@@ -113,7 +127,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         path = run.begin_records(config.getoption("--results"))
     except Refused as error:
         raise pytest.UsageError(str(error)) from error
-    handler = logging.FileHandler(path.with_suffix(".log"), encoding="utf-8")
+    handler = _LogFile(path.with_suffix(".log"), encoding="utf-8")
     handler.setLevel(logging.INFO)
     handler.setFormatter(logging.Formatter(config.getini("log_format"), config.getini("log_date_format")))
     logger = logging.getLogger("plimsoll")
@@ -251,7 +265,15 @@ def judge(request: pytest.FixtureRequest) -> Judge:
 def _judge_for(item: pytest.Item, run: Run) -> Judge:
     name = _name_of(item)
     criteria: list[Criterion] = run.criteria.of(name)
-    return Judge(name, criteria, run.write)
+
+    def write(**fields: Any) -> None:
+        try:
+            run.write(**fields)
+        except RecordError as error:
+            # What is not recorded is not qualified: there is no sense in going on.
+            pytest.exit(f"the records cannot be written: {error}", returncode=1)
+
+    return Judge(name, criteria, write)
 
 
 def _name_of(item: pytest.Item) -> str:

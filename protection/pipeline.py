@@ -117,7 +117,8 @@ class DictationPipeline:
         self._shut_down: str | None = None
         self._batch = self._policy.max_batch
         self._good_batches = 0
-        self._failures: dict[int, int] = {}
+        #: First sample of the chunk that failed last for a reason that is not memory, and how often in a row.
+        self._failing = (-1, 0)
         self._device_pressure, self._host_pressure = Pressure(self._policy), Pressure(self._policy)
         self._may_return = Below(self._policy.return_below, self._policy.return_after_s)
         self._return_wanted = False
@@ -364,11 +365,11 @@ class DictationPipeline:
         """Answer what could be computed; a chunk that fails again and again gets a declared failure."""
         results = self._as_results(chunks, made)
         start, stop = chunks[len(made)]
-        self._failures[start] = self._failures.get(start, 0) + 1
+        times = self._failing[1] + 1 if self._failing[0] == start else 1
+        self._failing = (start, times)
         # Alone next time: one bad chunk must not take its neighbours with it.
         self._batch, self._good_batches = 1, 0
-        if self._failures[start] >= self._policy.attempts_per_chunk:
-            del self._failures[start]
+        if times >= self._policy.attempts_per_chunk:
             results.append(Result(start, stop, None, self._engine.device, True))
             self._metrics.add("chunks_set_aside")
             self._events.tell(

@@ -113,7 +113,10 @@ class Spool:
             self._db.execute("PRAGMA secure_delete = ON")
             if limit_bytes is not None:
                 self._db.execute(f"PRAGMA max_page_count = {max(1, limit_bytes // _PAGE_BYTES)}")
-            if not self._db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
+            tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master")}
+            if tables and "meta" not in tables:
+                raise SpoolError(f"{self.path} is the database of another program: use another folder")
+            if not tables:
                 with self._transaction():
                     for statement in _SCHEMA.strip().split(";"):
                         if statement.strip():

@@ -68,7 +68,7 @@ def _for(test: str, *rows: tuple[str, str, float, str, str]) -> list[Criterion]:
     return [Criterion(test, *row) for row in rows]
 
 
-#: For every test: the device's memory, in MB (1e6 bytes). The full batch of the model that ships needs two thirds.
+#: For every test: the device's memory, in MB (1e6 bytes). The full batch of the model that ships needs a third of it.
 DEVICE_LIMIT = "device_limit_mb"
 
 CRITERIA: tuple[Criterion, ...] = tuple(

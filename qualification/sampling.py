@@ -114,6 +114,10 @@ class Sampler:
             raise ValueError(f"there is no series {name!r}: expected one of {', '.join(SERIES)}")
         return self._times[: self._stored].copy(), self._values[SERIES.index(name), : self._stored].copy()
 
+    def points(self, name: str) -> list[tuple[float, float]]:
+        """Give one of SERIES as (t_s, value) pairs, as the records take them."""
+        return [(float(t_s), float(value)) for t_s, value in zip(*self.series(name), strict=True)]
+
     @property
     def last(self) -> Sample:
         """The latest sample, stored or not. Raises LookupError before the first."""

@@ -51,10 +51,11 @@ def untiled(results: Sequence[Result], accepted: int) -> tuple[int, int]:
 
 def unanswered(results: Sequence[Result], accepted: int) -> int:
     """Count the samples of [0, accepted) that no result covers."""
-    covered = np.zeros(accepted, np.bool_)
-    for result in results:
-        covered[result.start : result.stop] = True
-    return int(accepted - np.count_nonzero(covered))
+    missing = position = 0
+    for result in sorted(results, key=lambda each: each.start):
+        missing += max(0, min(result.start, accepted) - position)
+        position = max(position, min(result.stop, accepted))
+    return missing + accepted - position
 
 
 def equivalent(a: Any, b: Any) -> bool:

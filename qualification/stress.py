@@ -287,14 +287,10 @@ def _hold_device(backend: Backend, size_bytes: int, needed_bytes: int) -> list[A
 
 
 def _neighbour(size_bytes: int, limit_s: float) -> HostBallast:
-    # A terminal sends Ctrl-C to every process in it; the neighbour inherits that it is not to listen.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return HostBallast(size_bytes, limit_s)
     except RuntimeError as error:
         raise Refused(f"--cpu-pressure {size_bytes // MB}: {error}") from error
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 class Ending:
@@ -464,7 +460,7 @@ class Recording:
         else:
             resident, span_s = verdicts["rss_bytes"], float(np.ptp(self._sampler.series("rss_bytes")[0]))
             found = sum(each.verdict == "leak" for each in verdicts.values())
-            judge("leak_detected", found, series={name: self._series(name) for name in verdicts})
+            judge("leak_detected", found, series={name: self._sampler.points(name) for name in verdicts})
             judge("growth_rate", resident.slope_bytes_per_s / MB)
             judge("total_growth", resident.upper * span_s / MB)
         judge.end("not_run", "the subject failed before this could be judged" if self._crash else "; ".join(missing))
@@ -508,9 +504,6 @@ class Recording:
     def _read_series(self) -> list[str]:
         heap_known = self._first is not None and self._first.heap_known
         return [name for name in _SERIES if heap_known or name != "heap_used_bytes"]
-
-    def _series(self, name: str) -> list[tuple[float, float]]:
-        return [(float(t), float(used)) for t, used in zip(*self._sampler.series(name), strict=True)]
 
     def _leak_verdicts(self) -> dict[str, leaks.LeakVerdict]:
         """Judge each series; none before there is enough to judge by."""

@@ -53,10 +53,7 @@ def say_leak(judge: Judge, verdict: leaks.LeakVerdict) -> None:
 
 def series_of(sampler: Sampler) -> dict[str, list[tuple[float, float]]]:
     """Give the sampled memory as series of (seconds, bytes)."""
-    return {
-        name: [(float(t), float(value)) for t, value in zip(*sampler.series(name), strict=True)]
-        for name in ("rss_bytes", "heap_used_bytes", "device_used_bytes")
-    }
+    return {name: sampler.points(name) for name in ("rss_bytes", "heap_used_bytes", "device_used_bytes")}
 
 
 def worst_leak(sampler: Sampler) -> leaks.LeakVerdict:

@@ -85,6 +85,8 @@ class HostBallast:
             cwd=Path(__file__).parents[2],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
+            # Ctrl-C is its parent's to handle: it ends the neighbour itself.
+            start_new_session=True,
         )
         assert self._process.stdout is not None
         if self._process.stdout.readline() != b"held\n":

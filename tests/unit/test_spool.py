@@ -408,3 +408,13 @@ def test_deleted_audio_is_overwritten(tmp_path: Path) -> None:
     spool.close()
     left = [path.name for path in tmp_path.iterdir() if b"WHAT THE USER SAID" in path.read_bytes()]
     assert not left, f"deleted audio can be read in {left}"
+
+
+def test_the_database_of_another_program_is_refused_and_left_alone(tmp_path: Path) -> None:
+    with contextlib.closing(sqlite3.connect(tmp_path / "spool.db")) as db:
+        db.execute("CREATE TABLE theirs (x)")
+    with pytest.raises(SpoolError, match="another program"):
+        Spool(tmp_path, 16_000)
+    with contextlib.closing(sqlite3.connect(tmp_path / "spool.db")) as db:
+        tables = [name for (name,) in db.execute("SELECT name FROM sqlite_master")]
+    assert tables == ["theirs"], f"the database has {tables}, expected only theirs"

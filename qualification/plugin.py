@@ -50,9 +50,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--lock-wait", metavar="SECONDS", type=float, default=0.0, help="queue behind another run so long")
 
 
+def _is_judged(item: pytest.Item) -> bool:
+    """Whether a test is part of the qualification: it uses the judge of this plugin, and not another of that name."""
+    info = getattr(item, "_fixtureinfo", None)
+    definitions: Sequence[Any] = info.name2fixturedefs.get("judge", ()) if info is not None else ()
+    return bool(definitions) and definitions[-1].func.__module__ == __name__
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Prepare the run once there is something to qualify."""
-    judged = [item for item in items if "judge" in getattr(item, "fixturenames", ())]
+    judged = [item for item in items if _is_judged(item)]
     if not judged:
         return
     run = config.stash.get(_RUN, None)
@@ -119,7 +126,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     run = config.stash.get(_RUN, None)
     if run is None or config.option.collectonly:
         return
-    run.tests = [item.nodeid for item in session.items if "judge" in getattr(item, "fixturenames", ())]
+    run.tests = [item.nodeid for item in session.items if _is_judged(item)]
     if not run.tests:
         return
     try:
@@ -186,7 +193,7 @@ def pytest_runtest_makereport(
     report = yield
     judge = item.stash.get(_JUDGE, None)
     run = item.config.stash.get(_RUN, None)
-    if run is None or "judge" not in getattr(item, "fixturenames", ()):
+    if run is None or not _is_judged(item):
         return report
     if judge is None:
         if call.excinfo is None:

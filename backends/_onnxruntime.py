@@ -36,6 +36,7 @@ from backends.contract import (
     ModelError,
     Provenance,
     Site,
+    Unsupported,
 )
 from backends.errors import classify
 from backends.faults import ballast, limits
@@ -104,8 +105,8 @@ class OrtModel(Model):
         self.window_frames, self.chunk_frames = shape.spec.window_frames, shape.spec.chunk_frames
         self.vocabulary = shape.vocabulary
         self._path = path
-        #: What the arena holds for as long as the model is loaded.
-        self.weights_bytes = _working_set(path)[0]
+        # Measured once: the file may be gone, or another, by the time that the model runs.
+        self.weights_bytes, self._fixed_bytes, self._item_bytes = _working_set(path)
 
     def run(self, features: FloatArray) -> FloatArray:
         """Run float32 [batch, window_frames, 80]."""
@@ -128,8 +129,7 @@ class OrtModel(Model):
 
     def working_set_bytes(self, batch: int) -> int:
         """Say what the runtime's own profile measured, extended in proportion to the batch."""
-        _, fixed, per_item = _working_set(self._path)
-        return fixed + per_item * batch
+        return self._fixed_bytes + self._item_bytes * batch
 
     def close(self) -> None:
         """Unload the model."""
@@ -334,7 +334,6 @@ class OrtBackend(Backend):
         with self._lock:
             if self._block_session is not None:
                 self._shrink(self._block_session)
-            self._working_set_bytes = 0
         heap_trim()
         return max(0, before - resident_bytes())
 
@@ -437,6 +436,10 @@ class OrtBackend(Backend):
             Site.DEVICE_ERROR: Capability.DEVICE_ERROR,
         }.get(plan.site, Capability.DEVICE_OOM)
         self.require(needs)
+        if plan.process is not None:
+            raise Unsupported(
+                f"{self.name} arms a plan in its own process: expected process None, not {plan.process!r}"
+            )
         if plan.site is Site.HOST_MEMORY:
             limits.require_expendable()
         elif self._limit_bytes is None:
@@ -481,8 +484,10 @@ class OrtBackend(Backend):
         try:
             result = act()
         except Exception as error:
-            for fault in struck:
-                fault.fired(f"{type(error).__name__}: {str(error)[-160:]}")
+            # Another error is none of the fault's: it counts as neither fired nor absorbed.
+            if classify(error).is_oom:
+                for fault in struck:
+                    fault.fired(f"{type(error).__name__}: {str(error)[-160:]}")
             raise
         for fault in struck:
             fault.absorbed()

@@ -82,8 +82,8 @@ class Cpu(OrtBackend):
                     "bytes, and new sessions would share that one: call limit_memory again"
                 )
             options.add_session_config_entry("session.use_env_allocators", "1")
-        elif self.device == "cpu":
-            # The fallback runs when memory is short: it keeps none of it between runs.
+        else:
+            # Without a cap, and so for the fallback too: an arena of each session's own could not be given back.
             options.enable_cpu_mem_arena = False
         return options
 

@@ -34,6 +34,12 @@ def available_bytes() -> int:
     return machine if cgroup is None else min(machine, max(0, cgroup[1] - cgroup[0]))
 
 
+def spendable_bytes() -> int:
+    """Say how much may be used up on purpose: all that is available but 1 GiB, or 10 % of it where that is more."""
+    available = available_bytes()
+    return max(0, available - max(1 << 30, available // 10))
+
+
 def _cgroup() -> tuple[int, int] | None:
     """Read (used, limit) of this process's memory cgroup, v2 or v1; None where there is no limit."""
     try:

@@ -7,8 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from backends.contract import Backend, FloatArray, MemoryReading, Model
-from backends.model import ModelSpec
+from backends.errors import classify
+from backends.model import N_MELS, ModelSpec
 
 
 class EngineError(Exception):
@@ -66,12 +69,26 @@ class InProcessEngine:
 
     can_restart = False
 
-    def __init__(self, backend: Backend, model_path: Path) -> None:
-        """Load the model on the device. Raises ModelError, or the runtime's own error when there is no memory."""
-        self._backend = backend
+    def __init__(self, backend: Backend, model_path: Path, *, owns_backend: bool = False) -> None:
+        """Load the model on the device, or where that has no memory on the fallback.
+
+        Raises ModelError, or the runtime's own error when neither has memory.
+        """
+        self._backend, self._owns_backend = backend, owns_backend
         self._path = model_path
+        self._closed = False
         self._fallback: Backend | None = None
-        self._model: Model | None = backend.load(model_path)
+        self._model: Model | None = None
+        full = False
+        try:
+            self._model = backend.load(model_path)
+        except Exception as error:
+            if not classify(error).is_oom:
+                raise
+            full = True
+        if full:
+            self.fall_back()
+        assert self._model is not None
         context_frames = self._model.window_frames - self._model.chunk_frames
         self.spec = ModelSpec(context_frames=context_frames, chunk_frames=self._model.chunk_frames)
 
@@ -87,6 +104,8 @@ class InProcessEngine:
 
     def infer(self, features: FloatArray) -> FloatArray:
         """Run the model; load it first where a failed recovery left none."""
+        if self._closed:
+            raise EngineError("the engine was closed")
         if self._model is None:
             self._model = (self._fallback or self._backend).load(self._path)
         return self._model.run(features)
@@ -103,15 +122,21 @@ class InProcessEngine:
         """Free the device first: host memory may be short, and on some devices it is the same memory."""
         self._unload()
         self._backend.release_cached()
-        if self._fallback is None:
-            self._fallback = self._backend.fallback()
-        self._model = self._fallback.load(self._path)
+        fallback = self._fallback or self._backend.fallback()
+        self._model = fallback.load(self._path)
+        # Only now: until it is loaded nothing has moved.
+        self._fallback = fallback
 
     def return_to_device(self) -> bool:
-        """Load on the device before the fallback is given up."""
-        if self._fallback is None or not self._backend.healthy().ok:
+        """Load on the device, and run there once, before the fallback is given up. Raises what either raises."""
+        if self._closed or self._fallback is None or not self._backend.healthy().ok:
             return False
         model = self._backend.load(self._path)
+        try:
+            model.run(np.zeros((1, self.spec.window_frames, N_MELS), np.float32))
+        except BaseException:
+            model.close()
+            raise
         self._unload()
         self._fallback.close()
         self._fallback, self._model = None, model
@@ -131,7 +156,11 @@ class InProcessEngine:
         return [os.getpid()]
 
     def close(self) -> None:
-        """Unload the model; the backend belongs to whoever made it."""
+        """Unload the model, for good. A second call does nothing."""
+        self._closed = True
         self._unload()
+        self._backend.release_cached()
         if self._fallback is not None:
             self._fallback.close()
+        if self._owns_backend:
+            self._backend.close()

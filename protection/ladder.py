@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from backends.errors import ErrorKind, classify
@@ -36,6 +36,8 @@ class Failure:
 
     kind: ErrorKind
     text: str
+    #: Whether it was the rung that failed, and not the work.
+    of_rung: bool = False
 
 
 class RecoveryFailed(Exception):
@@ -63,6 +65,7 @@ class Ladder:
         max_attempts: int,
         deadline_s: float,
         errors_in_a_row: int,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
         """Climb ``rungs`` in order, with at most ``max_attempts`` tries in ``deadline_s`` seconds a recovery."""
         self._rungs = rungs
@@ -71,6 +74,7 @@ class Ladder:
         self._max_attempts = max_attempts
         self._deadline_s = deadline_s
         self._errors_in_a_row = errors_in_a_row
+        self._stopped = stopped
         self._device_errors = 0
 
     def run(self, work: Callable[[], T]) -> T:
@@ -115,7 +119,11 @@ class Ladder:
         attempts = 0
         for rung in self._rungs:
             while rung.not_now() is None and not self._skips(rung):
-                if attempts >= self._max_attempts or time.perf_counter() - began_s > self._deadline_s:
+                if (
+                    self._stopped()
+                    or attempts >= self._max_attempts
+                    or time.perf_counter() - began_s > self._deadline_s
+                ):
                     raise self._give_up(failure, attempts, began_s)
                 attempts += 1
                 outcome = self._climb(rung, work)
@@ -132,7 +140,7 @@ class Ladder:
                     )
                     return outcome.value
                 failure = outcome
-                if failure.kind is ErrorKind.OTHER:
+                if failure.kind is ErrorKind.OTHER and not failure.of_rung:
                     raise NotOurs(failure.text)
                 if not rung.repeats:
                     break
@@ -152,7 +160,7 @@ class Ladder:
             self._note(acted)
             self._events.tell(rung.kind, f"{name} itself failed ({acted.text})", "the next rung is tried", rung.meaning)
             self._metrics.took(name, time.perf_counter() - began_s)
-            return acted
+            return replace(acted, of_rung=True)
         self._events.tell(rung.kind, "memory or the device failed", acted.value, rung.meaning)
         outcome = self._attempt(work)
         self._metrics.took(name, time.perf_counter() - began_s)

@@ -37,6 +37,7 @@ _log = logging.getLogger("plimsoll.protection")
 SCORE_TOLERANCE = 1e-3
 _RETENTION_EVERY_S = 60.0
 _STORAGE_BACKOFF_S = (0.1, 5.0)
+_RETURN_DELAY_MOST_S = 30.0
 _SAFE = "nothing is lost: everything accepted is in the spool"
 
 
@@ -70,7 +71,7 @@ class Context(Protocol):
 
 def factory(context: Context) -> DictationPipeline:
     """Make the pipeline that ships: the subject of the qualification, unless another is named."""
-    backend = context.backend
+    backend, owned = context.backend, context.backend is None
     if backend is None:
         for declared, availability in backends.available():
             if availability.available:
@@ -79,7 +80,7 @@ def factory(context: Context) -> DictationPipeline:
         else:
             raise RuntimeError("no backend is available: install one of its runtimes")
     policy = Policy.from_options(context.policy)
-    return DictationPipeline(context.workdir, InProcessEngine(backend, context.model_path), policy)
+    return DictationPipeline(context.workdir, InProcessEngine(backend, context.model_path, owns_backend=owned), policy)
 
 
 class DictationPipeline:
@@ -103,6 +104,8 @@ class DictationPipeline:
         self._events = Events(on_event)
         self._metrics = Metrics()
         try:
+            if isinstance(sample_rate_hz, bool) or not isinstance(sample_rate_hz, int):
+                raise AudioError(f"the sample rate is {sample_rate_hz!r}: expected a whole number of Hz")
             if sample_rate_hz != SAMPLE_RATE_HZ:
                 raise AudioError(
                     f"the sample rate is {sample_rate_hz} Hz, the model needs {SAMPLE_RATE_HZ}: resample first"
@@ -124,7 +127,23 @@ class DictationPipeline:
         self._return_wanted = False
         self._relieved: dict[str, Level] = {"device": Level.NORMAL, "host": Level.NORMAL}
         self._wake = threading.Condition()
+        #: Chunks in the part that is being computed.
+        self._in_hand = 1
+        self._return_delay_s = self._policy.return_after_s
+        self._return_not_before_s = 0.0
         self._ladder = self._make_ladder()
+        if engine.degraded:
+            self._metrics.add("oom_total")
+            self._metrics.add("fallbacks")
+            self._events.tell(
+                EventKind.OOM_DETECTED, "the device had no memory for the model at the start", "recovery begins", _SAFE
+            )
+            self._events.tell(
+                EventKind.CPU_FALLBACK,
+                "the device had no memory for the model at the start",
+                f"inference begins on {engine.device}",
+                "answers are slower until the device has memory",
+            )
         self._worker = threading.Thread(target=self._work, name="plimsoll-work", daemon=True)
         self._watcher = threading.Thread(target=self._watch, name="plimsoll-pressure", daemon=True)
         self._worker.start()
@@ -209,10 +228,8 @@ class DictationPipeline:
         self._closing = True
         self.shutdown("closed")
         if self._worker.is_alive():
-            # Still inside the runtime: the engine cannot be taken away from under it.
-            _log.warning("the work did not end within %s s: its model stays loaded", self._policy.shutdown_deadline_s)
-        else:
-            self._engine.close()
+            # Still inside the runtime: the engine cannot be taken away from under it. It closes it on its way out.
+            _log.warning("the work did not end within %s s: it ends later", self._policy.shutdown_deadline_s)
         self._spool.close()
 
     def quiesce(self) -> None:
@@ -258,35 +275,51 @@ class DictationPipeline:
             )
 
     def _work(self) -> None:
+        try:
+            while not self._is_shut_down():
+                try:
+                    self._work_on()
+                except Exception:
+                    # Not even telling of a failure worked: memory is that short. A sleep needs none.
+                    time.sleep(_STORAGE_BACKOFF_S[0])
+        finally:
+            # Here, and so never under an inference; and at once after an emergency, when memory is what is short.
+            self._engine.close()
+
+    def _work_on(self) -> None:
         backoff_s = _STORAGE_BACKOFF_S[0]
         forget_at_s = 0.0
         while not self._is_shut_down():
             try:
                 self._relieve()
                 self._consider_return()
-                chunks = self._next_chunks()
+                if self._policy.retention_s is not None and time.monotonic() >= forget_at_s:
+                    self._spool.forget(self._policy.retention_s, self._engine.spec.context_samples)
+                    forget_at_s = time.monotonic() + _RETENTION_EVERY_S
+                chunks = [] if self._is_shut_down() else self._next_chunks()
                 if chunks:
                     self._spool.answer(self._compute(chunks))
                     with self._wake:
                         self._wake.notify_all()
-                if self._policy.retention_s is not None and time.monotonic() >= forget_at_s:
-                    self._spool.forget(self._policy.retention_s, self._engine.spec.context_samples)
-                    forget_at_s = time.monotonic() + _RETENTION_EVERY_S
                 backoff_s = _STORAGE_BACKOFF_S[0]
             except RecoveryFailed as error:
-                self._emergency(f"no rung of the ladder helped: {error}")
+                if not self._is_shut_down():
+                    self._emergency(f"no rung of the ladder helped: {error}")
             except Exception as error:
+                if self._is_shut_down():
+                    break
                 # The spool, or host memory outside the engine. Nothing is answered twice: answering is one transaction.
+                oom = classify(error).is_oom
+                if oom:
+                    self._metrics.add("oom_total")
                 self._events.tell(
-                    EventKind.STORAGE_FAILED,
+                    EventKind.OOM_DETECTED if oom else EventKind.STORAGE_FAILED,
                     f"{type(error).__name__}: {error}",
                     f"trying again in {backoff_s:.1f} s",
                     "what was accepted is safe; answers are late",
                 )
-                if classify(error).is_oom:
-                    self._metrics.add("oom_total")
                 with self._wake:
-                    self._wake.wait(backoff_s)
+                    self._wake.wait_for(self._is_shut_down, backoff_s)
                 backoff_s = min(backoff_s * 2, _STORAGE_BACKOFF_S[1])
                 continue
             with self._wake:
@@ -327,6 +360,7 @@ class DictationPipeline:
             # What is done stays done when a later part fails and is tried again.
             while len(made) < len(chunks):
                 part = features[len(made) : len(made) + self._batch]
+                self._in_hand = len(part)
                 scores = self._engine.infer(part)
                 if not np.isfinite(scores).all():
                     raise ValueError("the model gave scores that are not finite")
@@ -362,14 +396,21 @@ class DictationPipeline:
     def _set_aside(
         self, chunks: list[tuple[int, int]], made: list[tuple[FloatArray, str, bool]], why: str
     ) -> list[Result]:
-        """Answer what could be computed; a chunk that fails again and again gets a declared failure."""
+        """Answer what could be computed; a chunk that fails again and again, alone, gets a declared failure.
+
+        Raises RecoveryFailed when it is not the chunk: then nothing is set aside, and all is answered after a restart.
+        """
         results = self._as_results(chunks, made)
+        alone = self._in_hand == 1
+        # Alone next time: one bad chunk must not take its neighbours with it.
+        self._batch, self._good_batches = 1, 0
+        if not alone:
+            return results
         start, stop = chunks[len(made)]
         times = self._failing[1] + 1 if self._failing[0] == start else 1
         self._failing = (start, times)
-        # Alone next time: one bad chunk must not take its neighbours with it.
-        self._batch, self._good_batches = 1, 0
         if times >= self._policy.attempts_per_chunk:
+            self._require_engine(why)
             results.append(Result(start, stop, None, self._engine.device, True))
             self._metrics.add("chunks_set_aside")
             self._events.tell(
@@ -379,6 +420,15 @@ class DictationPipeline:
                 "this part has no answer; its audio is kept and can be exported",
             )
         return results
+
+    def _require_engine(self, why: str) -> None:
+        """Raise RecoveryFailed unless the engine can still compute something: a window of silence."""
+        spec = self._engine.spec
+        silence = log_mel(np.zeros(spec.context_samples + spec.chunk_samples, np.float32))
+        try:
+            self._engine.infer(silence[None])
+        except Exception as error:
+            raise RecoveryFailed(f"the engine fails on silence too ({type(error).__name__}: {error}): {why}") from None
 
     # Recovery.
 
@@ -394,7 +444,7 @@ class DictationPipeline:
                 EventKind.REDUCE_BUFFER,
                 self._reduce,
                 "answers are the same, in smaller batches",
-                not_now=lambda: None if self._batch > 1 else "the batch is one chunk already",
+                not_now=lambda: None if min(self._batch, self._in_hand) > 1 else "the batch is one chunk already",
                 repeats=True,
             ),
             rung(
@@ -408,6 +458,8 @@ class DictationPipeline:
                 self._fall_back,
                 "answers go on, more slowly, until the device has memory again",
                 not_now=lambda: "the fallback is in use already" if self._engine.degraded else None,
+                # A fallback that could not be loaded may be a moment later.
+                repeats=True,
             ),
         ]
         return Ladder(
@@ -417,6 +469,7 @@ class DictationPipeline:
             max_attempts=self._policy.max_attempts,
             deadline_s=self._policy.recovery_deadline_s,
             errors_in_a_row=self._policy.device_errors_in_a_row,
+            stopped=self._is_shut_down,
         )
 
     def _clear_cache(self) -> str:
@@ -429,7 +482,8 @@ class DictationPipeline:
         return f"{found} unreachable objects were collected"
 
     def _reduce(self) -> str:
-        before, self._batch = self._batch, max(1, self._batch // 2)
+        before = self._batch
+        self._batch = max(1, min(self._batch, max(self._in_hand, 2)) // 2)
         self._good_batches = 0
         self._engine.release_cached()
         return f"the batch was reduced from {before} to {self._batch} chunks"
@@ -457,9 +511,9 @@ class DictationPipeline:
     def _emergency(self, why: str) -> None:
         if "emergency_shutdown" not in self._policy.rungs:
             # Allowed to stop nothing: it waits for memory, and the recording goes on.
-            self._events.tell(EventKind.STORAGE_FAILED, why, "waiting for memory", f"answers are late; {_SAFE}")
+            self._events.tell(EventKind.PRESSURE_EMERGENCY, why, "waiting for memory", f"answers are late; {_SAFE}")
             with self._wake:
-                self._wake.wait(1.0)
+                self._wake.wait_for(self._is_shut_down, 1.0)
             return
         self._metrics.add("emergency_shutdowns")
         self._events.tell(
@@ -471,8 +525,6 @@ class DictationPipeline:
         with self._wake:
             self._shut_down = f"emergency shutdown: {why}"
             self._wake.notify_all()
-        # What is short has to be given back, whenever the owner gets round to closing.
-        self._engine.close()
 
     # Pressure.
 
@@ -504,9 +556,8 @@ class DictationPipeline:
             before = self._relieved[name]
             if pressure.level == before:
                 continue
-            with self._wake:
-                # Read again: what was seen may have been over within one inference, and a fallback is not free.
-                level = pressure.update(read().fraction)
+            # Read again: what was seen may have been over within one inference, and a fallback is not free.
+            level = self._read_again(pressure, read)
             self._relieved[name] = level
             if level == before:
                 continue
@@ -519,7 +570,16 @@ class DictationPipeline:
                 # Others fill the device, and this pipeline has left it already.
                 continue
             for step in range(before + 1, level + 1):
+                if step == Level.SHUTDOWN and step > self._read_again(pressure, read):
+                    # What was done before was enough.
+                    break
                 self._relieve_level(Level(step), name, share)
+                if self._is_shut_down():
+                    return
+
+    def _read_again(self, pressure: Pressure, read: Callable[[], MemoryReading]) -> Level:
+        with self._wake:
+            return pressure.update(read().fraction)
 
     def _relieve_level(self, level: Level, name: str, share: str) -> None:
         fallback_helps = name == "device" and "cpu_fallback" in self._policy.rungs
@@ -554,20 +614,30 @@ class DictationPipeline:
             return
         self._return_wanted = False
         self._may_return.reset()
+        if time.monotonic() < self._return_not_before_s:
+            return
         try:
             returned = self._engine.return_to_device()
         except Exception as error:
+            returned = False
+            if classify(error).is_oom:
+                self._metrics.add("oom_total")
             _log.info("the return to the device failed: %s", error)
+        if not returned:
+            # A device without room for one chunk is not asked again and again.
+            self._metrics.add("returns_failed")
+            self._return_not_before_s = time.monotonic() + self._return_delay_s
+            self._return_delay_s = min(2 * self._return_delay_s, _RETURN_DELAY_MOST_S)
             return
-        if returned:
-            self._batch, self._good_batches = self._policy.max_batch, 0
-            self._metrics.add("returns_to_device")
-            self._events.tell(
-                EventKind.RETURNED_TO_DEVICE,
-                f"device memory has been below {self._policy.return_below:.0%} for {self._policy.return_after_s} s",
-                f"inference moved back to {self._engine.device}",
-                "answers are as fast as before",
-            )
+        self._return_delay_s = self._policy.return_after_s
+        self._batch, self._good_batches = self._policy.max_batch, 0
+        self._metrics.add("returns_to_device")
+        self._events.tell(
+            EventKind.RETURNED_TO_DEVICE,
+            f"device memory has been below {self._policy.return_below:.0%} for {self._policy.return_after_s} s",
+            f"inference moved back to {self._engine.device}",
+            "answers are as fast as before",
+        )
 
 
 def _checked_start(start: int) -> int:

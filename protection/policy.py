@@ -13,6 +13,10 @@ from typing import Any, get_type_hints
 RUNGS = ("cache_clear", "garbage_collect", "reduce_buffer", "restart_worker", "cpu_fallback", "emergency_shutdown")
 
 
+#: Halved to one within the attempts of one recovery, with some left for the fallback.
+_MOST_BATCH = 128
+
+
 class PolicyError(ValueError):
     """A policy option does not exist or has an absurd value. The message says what was expected."""
 
@@ -74,6 +78,8 @@ class Policy:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise PolicyError(f"{name} is {value}: expected a whole number of at least {least}")
+        if self.max_batch > _MOST_BATCH:
+            raise PolicyError(f"max_batch is {self.max_batch}: expected at most {_MOST_BATCH} chunks")
         for name in ("return_after_s", "pressure_interval_s", "recovery_deadline_s", "shutdown_deadline_s"):
             if not 0 < getattr(self, name) < 1e6:
                 raise PolicyError(f"{name} is {getattr(self, name)}: expected more than 0 seconds")

@@ -23,6 +23,8 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float32]
 _SCHEMA_VERSION = 1
 _PAGE_BYTES = 4096
+#: Of a limited spool; answers take a tenth of what their audio takes.
+_AUDIO_SHARE = 0.85
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE blocks (
@@ -70,6 +72,7 @@ class Spool:
         self.path = folder / "spool.db"
         self._lock = threading.RLock()
         self._closed = False
+        self._limit_bytes = limit_bytes
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock_fd = os.open(folder / "spool.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -106,6 +109,9 @@ class Spool:
 
     def _open(self, sample_rate_hz: int, limit_bytes: int | None) -> None:
         with self._errors("open"):
+            tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master")}
+            if tables and "meta" not in tables:
+                raise SpoolError(f"{self.path} is the database of another program: use another folder")
             self._db.execute("PRAGMA journal_mode = WAL")
             # FULL: a commit is on the disk when it returns, whatever happens to the machine.
             self._db.execute("PRAGMA synchronous = FULL")
@@ -113,9 +119,6 @@ class Spool:
             self._db.execute("PRAGMA secure_delete = ON")
             if limit_bytes is not None:
                 self._db.execute(f"PRAGMA max_page_count = {max(1, limit_bytes // _PAGE_BYTES)}")
-            tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master")}
-            if tables and "meta" not in tables:
-                raise SpoolError(f"{self.path} is the database of another program: use another folder")
             if not tables:
                 with self._transaction():
                     for statement in _SCHEMA.strip().split(";"):
@@ -128,10 +131,20 @@ class Spool:
             found = self._meta(key)
             if found != expected:
                 raise SpoolError(f"the spool {self.path} has {key} {found}, expected {expected}: use another folder")
-        self._accepted = self._scalar("SELECT COALESCE(MAX(stop), 0) FROM blocks")
+        self._unsure = True
+        self._settle()
+
+    def _settle(self) -> None:
+        """Find out how far the file is, where a call before this one was cut short: by a signal, say, in its commit."""
+        if not self._unsure:
+            return
+        if self._db.in_transaction:
+            with self._errors("write"):
+                self._db.execute("ROLLBACK")
         self._answered = self._scalar("SELECT COALESCE(MAX(stop), 0) FROM results")
         # Blocks that were answered may have been deleted by the retention rule.
-        self._accepted = max(self._accepted, self._answered)
+        self._accepted = max(self._answered, self._scalar("SELECT COALESCE(MAX(stop), 0) FROM blocks"))
+        self._unsure = False
 
     # Reading.
 
@@ -202,6 +215,7 @@ class Spool:
         when there is no room, SpoolError otherwise. When it raises, nothing of the block was accepted.
         """
         with self._lock:
+            self._settle()
             if start > self._accepted:
                 raise AudioError(
                     f"the block starts at sample {start}, but only {self._accepted} were accepted: "
@@ -221,14 +235,16 @@ class Spool:
                 return self._accepted
             first, stop = start + known, start + len(samples)
             data = np.ascontiguousarray(fresh, "<f4").tobytes()
+            self._require_room(len(data))
             with self._errors("write"), self._transaction():
                 self._db.execute("INSERT INTO blocks VALUES (?, ?, ?, ?)", (first, stop, data, time.time()))
-            self._accepted = stop
+            self._accepted, self._unsure = stop, False
             return stop
 
     def answer(self, results: list[Result]) -> None:
         """Store results, and with them their acknowledgement, in one transaction. They continue what is answered."""
         with self._lock:
+            self._settle()
             position = self._answered
             for result in results:
                 if result.start != position or not result.start < result.stop <= self._accepted:
@@ -252,14 +268,17 @@ class Spool:
             ]
             with self._errors("write"), self._transaction():
                 self._db.executemany("INSERT INTO results VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
-            self._answered = position
+            self._answered, self._unsure = position, False
 
     def forget(self, older_than_s: float, context_samples: int) -> int:
         """Delete answered audio stored more than ``older_than_s`` seconds ago, but the left context that the next
         chunk needs. Returns the first sample that is still kept.
         """
         with self._lock, self._errors("write"):
-            keep_from = self._answered - context_samples
+            self._settle()
+            # What has no answer is kept, to be listened to.
+            unheard = self._scalar("SELECT COALESCE(MIN(start), ?) FROM results WHERE scores IS NULL", self._answered)
+            keep_from = min(self._answered - context_samples, unheard)
             row = self._db.execute(
                 "SELECT MAX(stop) FROM blocks WHERE stop <= ? AND stored_s < ?", (keep_from, time.time() - older_than_s)
             ).fetchone()
@@ -267,18 +286,42 @@ class Spool:
                 with self._transaction():
                     self._db.execute("DELETE FROM blocks WHERE stop <= ?", (row[0],))
                     self._set_meta("kept_from", row[0])
+                self._unsure = False
+                # The log before the file has what was deleted, too.
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
             return self.kept_from
 
     def export_wav(self, path: Path) -> int:
-        """Write what was accepted as a 16-bit mono WAV; return the number of samples written."""
-        samples = self.read(self.kept_from, self._accepted)
-        pcm = np.clip(np.rint(samples.astype(np.float64) * 32768.0), -32768, 32767).astype("<i2")
-        with wave.open(str(path), "wb") as out:
-            out.setnchannels(1)
-            out.setsampwidth(2)
-            out.setframerate(self._meta("sample_rate_hz"))
-            out.writeframes(pcm.tobytes())
-        return len(samples)
+        """Write what is kept as a 16-bit mono WAV, a minute at a time; return the number of samples written.
+
+        Raises SpoolError when the file cannot be written.
+        """
+        begin, stop, rate_hz = self.kept_from, self._accepted, self._meta("sample_rate_hz")
+        try:
+            with wave.open(str(path), "wb") as out:
+                out.setnchannels(1)
+                out.setsampwidth(2)
+                out.setframerate(rate_hz)
+                for start in range(begin, stop, 60 * rate_hz):
+                    samples = self.read(start, min(start + 60 * rate_hz, stop))
+                    pcm = np.clip(np.rint(np.clip(samples, -1, 1) * 32768.0), -32768, 32767).astype("<i2")
+                    out.writeframes(pcm.tobytes())
+        except OSError as error:
+            raise SpoolError(f"the recording cannot be written to {path} ({error}): the spool is unharmed") from error
+        return stop - begin
+
+    def _require_room(self, data_bytes: int) -> None:
+        """Refuse audio while there is still room for its answers: what is accepted has to be answered."""
+        if self._limit_bytes is None:
+            return
+        with self._errors("write"):
+            pages = self._scalar("PRAGMA page_count") - self._scalar("PRAGMA freelist_count")
+        if pages * _PAGE_BYTES + data_bytes > _AUDIO_SHARE * self._limit_bytes:
+            raise SpoolFull(
+                f"the spool {self.path} is full (spool_limit_bytes is {self._limit_bytes}, "
+                "and room is left for answers): free some disk, or raise spool_limit_bytes; "
+                "what was accepted before is safe, what this call brought was not accepted"
+            )
 
     def close(self) -> None:
         """Close the file and let others open it. A second call does nothing."""
@@ -305,14 +348,16 @@ class Spool:
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
+        # Until the caller has noted what was written, the file may be further than this object knows.
+        self._unsure = True
         try:
+            self._db.execute("BEGIN IMMEDIATE")
             yield
             self._db.execute("COMMIT")
         except BaseException:
             # A failed COMMIT leaves the transaction open: nothing of it may become visible later.
             if self._db.in_transaction:
-                with contextlib.suppress(sqlite3.Error):
+                with contextlib.suppress(Exception):
                     self._db.execute("ROLLBACK")
             raise
 

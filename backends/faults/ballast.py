@@ -20,6 +20,7 @@ from pathlib import Path
 
 from backends.contract import Allocation
 from backends.errors import classify
+from backends.host import spendable_bytes
 
 MIB = 1 << 20
 _PIECES = (16 * MIB, 4 * MIB, MIB, 256 << 10, 64 << 10, 4 << 10)
@@ -79,6 +80,11 @@ class HostBallast:
 
     def __init__(self, size_bytes: int, limit_s: float) -> None:
         """Start the neighbour and wait until its memory is touched. Raises RuntimeError when it cannot hold it."""
+        if size_bytes > spendable_bytes():
+            raise RuntimeError(
+                f"a ballast of {size_bytes} bytes was asked for, but no more than {spendable_bytes()} may be held: "
+                "the rest is left to the other programs of the machine"
+            )
         self.size_bytes = size_bytes
         self._process = subprocess.Popen(
             [sys.executable, "-m", "backends.faults.ballast", str(size_bytes), str(limit_s)],

@@ -7,7 +7,7 @@ import resource
 from collections.abc import Iterator
 
 from backends.contract import BackendError
-from backends.host import available_bytes, data_bytes
+from backends.host import data_bytes, spendable_bytes
 
 _expendable = False
 _HOLE_BYTES = 64 << 10
@@ -32,12 +32,11 @@ def require_expendable() -> None:
 def cap_host_memory(headroom_bytes: int) -> int:
     """Lower the soft RLIMIT_DATA to what the process holds plus ``headroom_bytes``; return the limit in bytes."""
     require_expendable()
-    available = available_bytes()
-    spare = max(1 << 30, available // 10)
-    if headroom_bytes > available - spare:
+    spendable = spendable_bytes()
+    if headroom_bytes > spendable:
         raise BackendError(
-            f"{headroom_bytes} bytes of host memory were to be used up, but only {available} are available, of which "
-            f"{spare} are left to the rest of the machine"
+            f"{headroom_bytes} bytes of host memory were to be used up, but no more than {spendable} may be: "
+            "the rest is left to the other programs of the machine"
         )
     limit = data_bytes() + headroom_bytes
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)

@@ -126,6 +126,7 @@ def test_a_plan_fails_the_third_run_and_no_other(bounded: Cpu) -> None:
 @pytest.mark.parametrize("site", [Site.DEVICE_MEMORY, Site.DEVICE_CACHE, Site.DEVICE_GARBAGE], ids=lambda s: s.value)
 def test_disarming_gives_everything_back(bounded: Cpu, site: Site) -> None:
     model = bounded.load(DEFAULT_MODEL)
+    model.run(_features())
     before = bounded.memory().used_bytes
     with bounded.arm(FaultPlan(site, times=None)), pytest.raises(Exception, match="Available memory of"):
         model.run(_features())
@@ -205,10 +206,9 @@ def test_host_ballast_ends_at_its_time_limit() -> None:
     held.close()
 
 
-def test_host_ballast_that_cannot_be_held_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(RuntimeError, match=rf"could not hold {1 << 46} bytes \(exit status 1\)"):
+def test_host_ballast_leaves_the_machine_its_share() -> None:
+    with pytest.raises(RuntimeError, match="left to the other programs"):
         HostBallast(1 << 46, 10.0)
-    assert "MemoryError" in capfd.readouterr().err, "the neighbour did not say why"
 
 
 def test_host_ballast_dies_with_a_parent_that_is_killed() -> None:
@@ -307,4 +307,4 @@ except BackendError as error:
     text = str(error)
 print(json.dumps(text))
 """)
-    assert "are left to the rest of the machine" in text, f"using all but 512 MiB of it: {text}"
+    assert "left to the other programs of the machine" in text, f"using all but 512 MiB of it: {text}"

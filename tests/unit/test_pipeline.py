@@ -481,7 +481,7 @@ def test_a_policy_without_the_emergency_shutdown_waits_for_memory(start: Open, b
     pipeline = start(pressure_interval_s=60.0, rungs=("cache_clear", "garbage_collect", "reduce_buffer"))
     with bounded.arm(FaultPlan(Site.DEVICE_MEMORY, times=None)):
         pipeline.feed(0, samples[: 2 * SECOND])
-        _until(lambda: "storage_failed" in _kinds(pipeline), "that it waits is told")
+        _until(lambda: "pressure_emergency" in _kinds(pipeline), "that it waits is told")
         accepted = pipeline.feed(2 * SECOND, samples[2 * SECOND :])
         waiting = len(pipeline.results())
     pipeline.drain(15.0)
@@ -556,21 +556,52 @@ def test_a_full_spool_refuses_what_is_new_and_loses_nothing(start: Open, audio: 
     _same(before, after[: len(before)])
 
 
-def test_an_answer_that_cannot_be_stored_is_told_and_stored_once_there_is_room(
-    start: Open, bounded: Cpu, audio: Audio
-) -> None:
-    samples = audio(12.0)
-    pipeline = start(spool_limit_bytes=256 << 10, pressure_interval_s=60.0, rungs=("cache_clear",))
+def test_a_full_spool_has_room_for_the_answers_to_what_it_accepted(start: Open, bounded: Cpu, audio: Audio) -> None:
+    samples = audio(30.0)
+    pipeline = start(spool_limit_bytes=1 << 20, pressure_interval_s=60.0, rungs=("cache_clear",))
+    # Nothing is answered before it is full.
     with bounded.arm(FaultPlan(Site.DEVICE_MEMORY, times=None)), pytest.raises(SpoolFull):
-        _feed(pipeline, samples, block=160)
-    _until(lambda: any("SpoolFull" in event.message for event in pipeline.events()), "that it cannot store is told")
-    told = next(event for event in pipeline.events() if "SpoolFull" in event.message)
+        _feed(pipeline, samples, block=1600)
     accepted = len(pipeline.recovered())
-    pipeline.close()
-    assert told.kind is EventKind.STORAGE_FAILED and "trying again" in told.action, f"told: {told}"
-    with start(spool_limit_bytes=4 << 20) as larger:
-        larger.drain(20.0)
-        _tile(larger.results(), accepted)
+    pipeline.drain(20.0)
+    _tile(pipeline.results(), accepted)
+
+
+def test_a_model_file_that_is_gone_does_not_stop_a_recording(tmp_path: Path, bounded: Cpu, audio: Audio) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(DEFAULT_MODEL.read_bytes())
+    samples = audio(6.0)
+    with DictationPipeline(tmp_path / "s", InProcessEngine(bounded, path)) as pipeline:
+        path.unlink()
+        pipeline.feed(0, samples)
+        pipeline.drain(20.0)
+        failed = [result.start for result in pipeline.results() if result.output is None]
+    assert not failed, f"the chunks at {failed} were set aside"
+
+
+def test_a_device_that_is_full_at_the_start_means_the_fallback(tmp_path: Path, bounded: Cpu, audio: Audio) -> None:
+    held = ballast.fill(bounded.allocate)
+    with DictationPipeline(tmp_path / "s", InProcessEngine(bounded, DEFAULT_MODEL)) as pipeline:
+        pipeline.feed(0, audio(2.0))
+        pipeline.drain(20.0)
+        devices = {result.device for result in pipeline.results()}
+        told = _kinds(pipeline)
+        ballast.free(held)
+        _until(lambda: pipeline.device() == "cpu:arena", "it goes to the device once there is memory")
+    assert devices == {"cpu"} and told[:2] == ["oom_detected", "cpu_fallback"], f"on {devices}, told {told}"
+
+
+def test_a_device_without_room_for_one_chunk_is_not_returned_to(tmp_path: Path, audio: Audio) -> None:
+    small = Cpu()
+    small.limit_memory(4 << 20)
+    with DictationPipeline(tmp_path / "s", InProcessEngine(small, DEFAULT_MODEL)) as pipeline:
+        for second in range(4):
+            pipeline.feed(second * SECOND, audio(1.0))
+            pipeline.drain(20.0)
+        _until(lambda: pipeline.metrics().get("returns_failed", 0) >= 2, "a return is tried and fails")
+        told = _kinds(pipeline)
+    small.close()
+    assert told.count("cpu_fallback") == 1 and "returned_to_device" not in told, f"told {told}"
 
 
 def _short(pipeline: DictationPipeline) -> Callable[[], bool]:

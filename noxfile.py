@@ -39,6 +39,9 @@ BACKENDS = declared()
 ENVIRONMENTS = tuple(dict.fromkeys(environment for backend in BACKENDS for environment in backend.environments))
 #: What the sessions that need no cell install: pinned like an environment.
 DEVELOPMENT = "dev"
+SELECT_QUICK = "not slow"
+#: Options whose value may be a path, and is no selection of tests.
+VALUED = ("--audio", "--backend", "--criteria", "--model", "--results", "--subject", "-c", "-k", "-m", "-o", "-p")
 CELL_GROUPS = ("qualification", "optional")
 DEVELOPMENT_GROUPS = ("tests", "lint")
 
@@ -82,6 +85,30 @@ def install(
     session.run_install("python", "-c", write, str(stamp), digest, log=False, silent=True)
 
 
+def selects_tests(arguments: Sequence[str]) -> bool:
+    """Whether arguments for pytest name tests: a file or a folder, with or without ``::`` and what is in it."""
+    before = ["", *arguments]
+    return any(
+        not argument.startswith("-") and argument and previous not in VALUED
+        for previous, argument in zip(before, arguments, strict=False)
+        if (ROOT / argument.split("::")[0]).exists()
+    )
+
+
+def split_marks(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Take ``-m EXPRESSION`` out of arguments for pytest: a second one would take the place of ours."""
+    expression, rest = "", []
+    left = iter(arguments)
+    for argument in left:
+        if argument == "-m":
+            expression = next(left, "")
+        elif argument.startswith("-m"):
+            expression = argument[2:].removeprefix("=")
+        else:
+            rest.append(argument)
+    return expression, rest
+
+
 def run_cells(session: nox.Session, environment: str, *selection: str) -> None:
     """Qualify each backend of an environment in turn; one that fails does not keep the next from being judged."""
     found = [cell for cell in machine.cells() if cell.environment == environment]
@@ -97,13 +124,17 @@ def run_cells(session: nox.Session, environment: str, *selection: str) -> None:
     install(session, environment, requirements, sum(backend.download_mb for backend in able))
 
     chosen = any(argument.split("=")[0] == "--backend" for argument in session.posargs)
-    files = () if any(argument.startswith("tests/") for argument in session.posargs) else QUALIFICATION
+    files = () if selects_tests(session.posargs) else QUALIFICATION
+    rest = session.posargs
+    if selection:
+        expression, rest = split_marks(rest)
+        selection = ("-m", f"({expression}) and {SELECT_QUICK}") if expression else selection
     failed = []
     for options in [[]] if chosen else [["--backend", backend.name] for backend in able]:
         try:
             session.run(
                 *("python", "-m", "pytest", "-c", "pytest_memory.ini", *files, "-v", *selection, *options),
-                *session.posargs,
+                *rest,
                 env={"PLIMSOLL_ENVIRONMENT": environment},
             )
         except nox.command.CommandFailed:
@@ -136,7 +167,7 @@ def memory_quick(session: nox.Session) -> None:
 
 
 for name in ENVIRONMENTS:
-    add_cell_session("memory-quick", name, f"Qualify the {name} environment, quick tests only.", "-m", "not slow")
+    add_cell_session("memory-quick", name, f"Qualify the {name} environment, quick tests only.", "-m", SELECT_QUICK)
     add_cell_session("memory-soak", name, f"Qualify the {name} environment, the one-hour tests included.")
 
 
@@ -150,7 +181,7 @@ def doctor(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Test the backends, the protection and the qualification itself. Arguments after -- go to pytest."""
     install(session, DEVELOPMENT, groups("tests"))
-    folders = () if any(argument.startswith("tests/") for argument in session.posargs) else ("tests/unit", "tests/meta")
+    folders = () if selects_tests(session.posargs) else ("tests/unit", "tests/meta")
     session.run("python", "-m", "pytest", "-c", "pytest_memory.ini", *folders, *session.posargs)
 
 

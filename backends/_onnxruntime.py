@@ -12,7 +12,8 @@ import resource
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -264,6 +265,8 @@ class OrtBackend(Backend):
         self._faults: list[CountingFault] = []
         self._owns_faults = True
         self._fault_ballast: dict[int, list[Allocation]] = {}
+        #: A piece of each garbage fault's memory: gone once it was collected.
+        self._garbage: dict[int, weakref.ref[Allocation]] = {}
         self._lock = threading.RLock()
 
     # What a variant says.
@@ -275,6 +278,10 @@ class OrtBackend(Backend):
     @abc.abstractmethod
     def _register_limit(self, limit_bytes: int) -> None:
         """Have sessions made from here on share an arena with this cap."""
+
+    def _has_arena(self) -> bool:
+        """Whether sessions made here keep memory in an arena."""
+        return True
 
     # What they share.
 
@@ -332,7 +339,7 @@ class OrtBackend(Backend):
         """Shrink the arena and trim the heap."""
         before = resident_bytes()
         with self._lock:
-            if self._block_session is not None:
+            if self._block_session is not None and self._has_arena():
                 self._shrink(self._block_session)
         heap_trim()
         return max(0, before - resident_bytes())
@@ -456,6 +463,7 @@ class OrtBackend(Backend):
         with self._lock:
             if fault in self._faults:
                 self._faults.remove(fault)
+            self._garbage.pop(id(fault), None)
             ballast.free(self._fault_ballast.pop(id(fault), []))
 
     def _run_point(self, once: Callable[[], FloatArray], working_set_bytes: int) -> FloatArray:
@@ -468,10 +476,16 @@ class OrtBackend(Backend):
             for fault in self._faults_at(Site.DEVICE_MEMORY, Site.DEVICE_CACHE, Site.DEVICE_GARBAGE)
             if fault.strike()
         ]
+        # Garbage of an earlier point that nobody has collected yet still holds the memory.
+        lingering = [
+            fault
+            for fault in self._faults_at(Site.DEVICE_GARBAGE)
+            if fault not in struck and (piece := self._garbage.get(id(fault))) is not None and piece() is not None
+        ]
         for fault in struck:
             self._impose(fault)
         try:
-            result = self._watched(once, struck)
+            result = self._watched(once, struck, lingering)
         finally:
             for fault in struck:
                 if fault.exhausted:
@@ -480,13 +494,13 @@ class OrtBackend(Backend):
         return result
 
     @staticmethod
-    def _watched(act: Callable[[], T], struck: list[CountingFault]) -> T:
+    def _watched(act: Callable[[], T], struck: list[CountingFault], lingering: Sequence[CountingFault] = ()) -> T:
         try:
             result = act()
         except Exception as error:
             # Another error is none of the fault's: it counts as neither fired nor absorbed.
             if classify(error).is_oom:
-                for fault in struck:
+                for fault in (*struck, *lingering):
                     fault.fired(f"{type(error).__name__}: {str(error)[-160:]}")
             raise
         for fault in struck:
@@ -512,7 +526,8 @@ class OrtBackend(Backend):
             if site is Site.DEVICE_CACHE:
                 # Free again, and kept by the arena in regions of that size: nothing larger fits until it is released.
                 ballast.free(pieces)
-            else:
+            elif pieces:
+                self._garbage[id(fault)] = weakref.ref(pieces[0])
                 _make_garbage(pieces)
 
     def healthy(self) -> Health:

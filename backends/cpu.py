@@ -87,6 +87,9 @@ class Cpu(OrtBackend):
             options.enable_cpu_mem_arena = False
         return options
 
+    def _has_arena(self) -> bool:
+        return self._limit_bytes is not None
+
     def _register_limit(self, limit_bytes: int) -> None:
         import onnxruntime as ort
 

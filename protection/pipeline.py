@@ -284,7 +284,10 @@ class DictationPipeline:
                     time.sleep(_STORAGE_BACKOFF_S[0])
         finally:
             # Here, and so never under an inference; and at once after an emergency, when memory is what is short.
-            self._engine.close()
+            try:
+                self._engine.close()
+            except Exception:
+                _log.exception("the engine could not be closed")
 
     def _work_on(self) -> None:
         backoff_s = _STORAGE_BACKOFF_S[0]

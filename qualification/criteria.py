@@ -103,7 +103,8 @@ CRITERIA: tuple[Criterion, ...] = tuple(
     + _for(
         "test_rapid_toggle_with_fallback",
         ("toggles_failed", "==", 0, "toggles", "All toggles complete"),
-        ("transitions_missing", "==", 0, "transitions", "Every cycle goes to the CPU and back"),
+        ("transitions_missing", "==", 0, "cycles", "Every cycle goes to the CPU and back"),
+        ("answers_wrong", "==", 0, "answers", "Every answer right"),
         ("memory_excess", "<=", 16.0, "MB", "Memory cleaned between toggles (within 16 MB)"),
         ("resources_left", "==", 0, "descriptors and threads", "No resource leaks"),
     )
@@ -161,6 +162,7 @@ CRITERIA: tuple[Criterion, ...] = tuple(
         "test_buffer_reduction_on_pressure",
         ("reductions", ">=", 1, "reductions", "Buffer reduced at 90% pressure"),
         ("fallbacks", "==", 0, "fallbacks", "No fallback while a smaller buffer is enough"),
+        ("ooms", "==", 0, "OOMs", "No OOM on the way"),
         ("answers_wrong", "==", 0, "answers", "Processing continues"),
     )
     + _for(

@@ -3,9 +3,9 @@
     python -m qualification.host '{"subject": ..., "workdir": ..., ...}'
 
 It feeds the subject from the stream and writes a JSON line for each thing that happens: ``ready``, ``accepted``,
-``fault``, ``pressure``, ``shutdown``, ``done``. Exit statuses: 0 done; 70 the subject failed; 75 the subject shut
-itself down in an emergency, with what it had accepted kept (``EX_TEMPFAIL``: start it again on the same folder). It
-ends with the process that started it.
+``fault``, ``pressure``, ``shutdown``, ``refused``, ``done``. Exit statuses: 0 done; 70 the subject failed; 75 the
+subject shut itself down in an emergency: it refuses more audio, with what it had accepted kept (``EX_TEMPFAIL``: start
+it again on the same folder). It ends with the process that started it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from typing import Any
 EXIT_DONE = 0
 EXIT_FAILED = 70
 EXIT_EMERGENCY = 75
+#: So long after it told of an emergency shutdown a subject may still take audio.
+REFUSAL_S = 5.0
 _ROOT = Path(__file__).resolve().parents[1]
 MB = 1_000_000
 
@@ -112,7 +114,7 @@ def _run(job: Job) -> int:
             if job.pause_s:
                 time.sleep(job.pause_s)
         if job.starve_headroom_bytes:
-            status = _starve(job, subject, stream, accepted)
+            accepted = _starve(job, subject, stream, accepted)
         else:
             subject.drain(job.drain_s)
     except Exception as error:
@@ -122,6 +124,7 @@ def _run(job: Job) -> int:
         say(refused=f"{type(error).__name__}: {error}")
     if _in_emergency(subject):
         status = EXIT_EMERGENCY
+        _require_refusal(job, subject, stream, accepted)
     for fault in armed:
         fault.disarm()
         say(fault=fault.record().to_json())
@@ -136,8 +139,28 @@ def _in_emergency(subject: Any) -> bool:
     return any(event.kind == "emergency_shutdown" for event in subject.events())
 
 
+def _require_refusal(job: Job, subject: Any, stream: Any, accepted: int) -> None:
+    """Go on recording until the subject refuses: one that only says that it shut down did not. Raises RuntimeError.
+
+    The event may be told a moment before the refusal begins, so there is a deadline.
+    """
+    deadline_s = time.monotonic() + REFUSAL_S
+    while time.monotonic() < deadline_s:
+        try:
+            accepted = subject.feed(accepted, stream[accepted : accepted + job.block_samples])
+        except Exception as error:
+            say(refused=f"{type(error).__name__}: {error}")
+            return
+        say(accepted=accepted)
+        time.sleep(0.02)
+    raise RuntimeError(f"the subject told of an emergency shutdown, and still took audio {REFUSAL_S:g} s later")
+
+
 def _starve(job: Job, subject: Any, stream: Any, accepted: int) -> int:
-    """Fill host memory up to its limit, slowly enough for the subject to see it coming, while audio goes on."""
+    """Fill host memory up to its limit, slowly enough for the subject to see it coming, while audio goes on.
+
+    Give the position that is accepted.
+    """
     from backends.faults.limits import cap_host_memory
     from backends.host import host_memory
 
@@ -167,7 +190,7 @@ def _starve(job: Job, subject: Any, stream: Any, accepted: int) -> int:
         say(pressure=highest)
     say(shutdown=True)
     held.clear()
-    return EXIT_EMERGENCY
+    return accepted
 
 
 class Hosted:

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 #: Not under TMPDIR: every user of the machine has to meet the same file.
@@ -19,8 +20,13 @@ class LockBusy(Exception):
 class DeviceLock:
     """A lock file that is released however its process ends."""
 
-    def __init__(self, device: str, wait_s: float = 0.0, folder: Path = FOLDER) -> None:
-        """Take the lock, waiting for it at most ``wait_s`` seconds. Raises LockBusy, and OSError for a bad folder."""
+    def __init__(
+        self, device: str, wait_s: float = 0.0, folder: Path = FOLDER, say: Callable[[str], None] | None = None
+    ) -> None:
+        """Take the lock, waiting for it at most ``wait_s`` seconds, and saying so once.
+
+        Raises LockBusy, and OSError for a bad folder.
+        """
         name = "".join(c if c.isalnum() else "-" for c in device)
         self.path = folder / f"plimsoll-{name}.lock"
         # Without O_CREAT first: the kernel refuses to create over another user's file in a sticky folder.
@@ -37,15 +43,22 @@ class DeviceLock:
                 break
             except BlockingIOError:
                 if time.monotonic() >= deadline_s:
-                    owner = os.pread(self._fd, 64, 0).decode(errors="replace").strip() or "unknown"
+                    owner = self._owner()
                     os.close(self._fd)
                     raise LockBusy(
                         f"another qualification (process {owner}) runs on {device} of this machine, and two at once "
                         f"would measure each other: wait for it, or queue with --lock-wait SECONDS ({self.path})"
                     ) from None
+                if say is not None:
+                    say(f"waiting for process {self._owner()}, at most {wait_s:g} s")
+                    say = None
                 time.sleep(0.2)
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, f"{os.getpid()}".encode(), 0)
+
+    def _owner(self) -> str:
+        """Give the id of the process that holds the lock."""
+        return os.pread(self._fd, 64, 0).decode(errors="replace").strip() or "unknown"
 
     def release(self) -> None:
         """Let the next one in."""

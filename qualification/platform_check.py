@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import sys
 from typing import TYPE_CHECKING
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MINIMUM_PYTHON = (3, 11)
+#: The wheels of the runtimes are built for this GNU C library.
+MINIMUM_GLIBC = (2, 28)
 #: Below this much free disk nothing is started: spools, records and environments are written.
 MINIMUM_FREE_DISK_BYTES = 2 * 1024**3
 
@@ -36,8 +39,13 @@ def system_refusal() -> str | None:
     system, machine = platform.system(), platform.machine()
     if (system, machine) != ("Linux", "x86_64"):
         return f"Linux on x86-64 is needed (real limits and faults are brought about there); this is {system} {machine}"
-    if glibc_version() is None:
+    version = glibc_version()
+    if version is None:
         return "the GNU C library is needed (the runtimes' wheels are built for it); this system has another"
+    # Number by number: "2.4" is older than "2.28".
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < MINIMUM_GLIBC:
+        needed = ".".join(map(str, MINIMUM_GLIBC))
+        return f"glibc {needed} or newer is needed (the runtimes' wheels are built for it); this is {version}"
     return None
 
 

@@ -6,7 +6,9 @@ under the same configuration and pay for none of it.
 
 from __future__ import annotations
 
+import argparse
 import logging
+import math
 import shlex
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -24,7 +26,7 @@ from qualification.host import MB, Hosted, Job
 from qualification.judge import Judge
 from qualification.progress import Progress
 from qualification.records import RecordError
-from qualification.run import DEFAULT_AUDIO, DEFAULT_RESULTS, Refused, Run, prepare
+from qualification.run import DEFAULT_AUDIO, DEFAULT_RESULTS, ROOT, Refused, Run, prepare
 from qualification.stream import Stream
 from qualification.subject import DEFAULT_SUBJECT, Result, Subject, SubjectContext, absolute
 
@@ -32,6 +34,7 @@ from qualification.subject import DEFAULT_SUBJECT, Result, Subject, SubjectConte
 QUICK_TIMEOUT_S = 120
 _RUN = pytest.StashKey["Run"]()
 _JUDGE = pytest.StashKey[Judge]()
+_OWN_TESTS = (ROOT / "tests" / "unit", ROOT / "tests" / "meta")
 _log = logging.getLogger("plimsoll")
 
 
@@ -47,7 +50,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--audio", metavar="FILE.wav", type=Path, default=DEFAULT_AUDIO, help="speech, 16 kHz mono 16-bit")
     group.addoption("--criteria", metavar="FILE.toml", type=Path, help="limits and parameters other than the defaults")
     group.addoption("--results", metavar="FOLDER", type=Path, default=DEFAULT_RESULTS, help="folder for the records")
-    group.addoption("--lock-wait", metavar="SECONDS", type=float, default=0.0, help="queue behind another run so long")
+    group.addoption(
+        "--lock-wait", metavar="SECONDS", type=_seconds, default=0.0, help="queue behind another run so long"
+    )
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a number of seconds of at least 0")
+    return value
 
 
 def _is_judged(item: pytest.Item) -> bool:
@@ -129,18 +144,35 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     run.tests = [item.nodeid for item in session.items if _is_judged(item)]
     if not run.tests:
         return
+    own = [item for item in session.items if any(item.path.is_relative_to(folder) for folder in _OWN_TESTS)]
+    if own:
+        raise pytest.UsageError(
+            f"tests of Plimsoll itself are collected together with the qualification ({own[0].nodeid}): the runs that "
+            "they start would wait for the lock that this one holds. Run nox -s tests, or name their folder alone"
+        )
     try:
-        run.take_lock(config.getoption("--lock-wait"))
+        run.take_lock(config.getoption("--lock-wait"), partial(_say, config))
         path = run.begin_records(config.getoption("--results"))
     except Refused as error:
         raise pytest.UsageError(str(error)) from error
-    handler = _LogFile(path.with_suffix(".log"), encoding="utf-8")
+    log = path.with_suffix(".log")
+    # As private as the records.
+    log.touch(mode=0o600)
+    handler = _LogFile(log, encoding="utf-8")
     handler.setLevel(logging.INFO)
     handler.setFormatter(logging.Formatter(config.getini("log_format"), config.getini("log_date_format")))
     logger = logging.getLogger("plimsoll")
     logger.addHandler(handler)
     config.add_cleanup(handler.close)
     config.add_cleanup(partial(logger.removeHandler, handler))
+
+
+def _say(config: pytest.Config, line: str) -> None:
+    """Write a line to the terminal, at once."""
+    reporter = config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None:
+        reporter.ensure_newline()
+        reporter.write(f"{line}\n", flush=True)
 
 
 def pytest_report_collectionfinish(config: pytest.Config) -> list[str]:
@@ -157,7 +189,10 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Close the records; a run that was cut off has no last line, and counts as damaged."""
+    """Close the records. After Ctrl-C they are whole too, with fewer criteria than the collected tests have.
+
+    A run that was killed has no last line, and counts as damaged.
+    """
     run = session.config.stash.get(_RUN, None)
     if run is not None and run.records is not None:
         run.records.close()
@@ -235,12 +270,21 @@ def _with_four_lines(item: pytest.Item, run: Run, judge: Judge, longrepr: Any) -
 def _repeat_command(item: pytest.Item, run: Run) -> str:
     option = item.config.getoption
     words = ["python", "-m", "pytest", item.nodeid, "--backend", run.backend.name]
-    for name, default in (("--subject", DEFAULT_SUBJECT), ("--model", DEFAULT_MODEL), ("--audio", DEFAULT_AUDIO)):
+    began_in = item.config.invocation_params.dir
+    subject = option("--subject")
+    if subject != DEFAULT_SUBJECT:
+        file, colon, factory = subject.rpartition(":")
+        words += ["--subject", f"{_from_root(began_in, file)}{colon}{factory}" if file.endswith(".py") else subject]
+    for name, default in (("--model", DEFAULT_MODEL), ("--audio", DEFAULT_AUDIO), ("--criteria", None)):
         if option(name) != default:
-            words += [name, str(option(name))]
-    if option("--criteria"):
-        words += ["--criteria", str(option("--criteria"))]
+            words += [name, _from_root(began_in, option(name))]
     return shlex.join(words)
+
+
+def _from_root(began_in: Path, path: str | Path) -> str:
+    """Give a path as it is typed in the checkout's root, whatever folder the run began in."""
+    whole = (began_in / path).resolve()
+    return str(whole.relative_to(ROOT) if whole.is_relative_to(ROOT) else whole)
 
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
@@ -381,6 +425,13 @@ def undisturbed(
         results = list(subject.results())
         subject.close()
         backend.close()
+        silent = sum(result.output is None for result in results)
+        # Else a subject that never answers would be right about everything.
+        if 2 * silent > len(results) or not results:
+            pytest.fail(
+                f"the subject answers nothing even when nothing happens to it: {silent} of {len(results)} results "
+                "have no output"
+            )
         return results
 
     return make

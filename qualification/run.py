@@ -63,10 +63,10 @@ class Run:
             f"  records: {self.records.path if self.records else 'none'}",
         ]
 
-    def take_lock(self, wait_s: float) -> None:
-        """Have the device to ourselves, queueing at most ``wait_s`` seconds. Raises Refused."""
+    def take_lock(self, wait_s: float, say: Callable[[str], None] | None = None) -> None:
+        """Have the device to ourselves, queueing at most ``wait_s`` seconds, and saying so. Raises Refused."""
         try:
-            self.lock = DeviceLock(self.backend.name, wait_s)
+            self.lock = DeviceLock(self.backend.name, wait_s, say=say)
         except LockBusy as error:
             raise Refused(str(error)) from error
 
@@ -135,7 +135,7 @@ def prepare(*, backend: str | None, subject: str, model: Path, audio: Path, crit
     try:
         run = Run(
             backend=chosen,
-            environment=os.environ.get("PLIMSOLL_ENVIRONMENT") or _environment_of(chosen.name),
+            environment=_environment_of(chosen.name),
             runtime=runtime,
             subject_spec=subject,
             factory=load_factory(subject),
@@ -169,7 +169,12 @@ def _choose_backend(name: str | None) -> tuple[type[Backend], str]:
 
 
 def _environment_of(name: str) -> str:
-    return next(each.environments[0] for each in backends.declared() if each.name == name)
+    """Give the environment that this runs in: what nox says, or the backend's first. Raises Refused."""
+    declared = next(each.environments for each in backends.declared() if each.name == name)
+    asked = os.environ.get("PLIMSOLL_ENVIRONMENT") or declared[0]
+    if asked not in declared:
+        raise Refused(f"PLIMSOLL_ENVIRONMENT is {asked!r}: backend {name} is declared for {', '.join(declared)}")
+    return asked
 
 
 def _try_model(run: Run) -> None:

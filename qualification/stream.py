@@ -50,9 +50,10 @@ def untiled(results: Sequence[Result], accepted: int) -> tuple[int, int]:
 
 
 def unanswered(results: Sequence[Result], accepted: int) -> int:
-    """Count the samples of [0, accepted) that no result covers."""
+    """Count the samples of [0, accepted) that no result answers. A declared failure tiles, but it answers nothing."""
     missing = position = 0
-    for result in sorted(results, key=lambda each: each.start):
+    answers = (result for result in results if result.output is not None)
+    for result in sorted(answers, key=lambda each: each.start):
         missing += max(0, min(result.start, accepted) - position)
         position = max(position, min(result.stop, accepted))
     return missing + accepted - position

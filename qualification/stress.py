@@ -54,7 +54,7 @@ TEST = "stress_harness"
 CRITERIA = [
     Criterion(TEST, *row)
     for row in (
-        ("crashes", "==", 0, "crashes", "No crash, no hang and no emergency shutdown"),
+        ("crashes", "==", 0, "crashes", "No crash, hang or emergency shutdown; nothing set aside or not stored"),
         ("samples_unanswered", "==", 0, "samples", "Every sample answered"),
         ("gaps_and_overlaps", "==", 0, "places", "Results tile what was accepted"),
         ("toggles_failed", "==", 0, "toggles", "Recording stops and starts again at every toggle"),
@@ -148,7 +148,7 @@ def _main(options: argparse.Namespace, words: Sequence[str], ending: Ending) -> 
 
     with ExitStack() as stack:
         stack.callback(run.release_lock)
-        run.take_lock(options.lock_wait)
+        run.take_lock(options.lock_wait, lambda line: print(line, flush=True))
         with ExitStack() as pressure:
             backend = pressure.enter_context(closing(run.backend()))
             held = _hold_device(backend, options.gpu_pressure * MB, _needed_bytes(run))
@@ -440,7 +440,8 @@ class Recording:
     def judge(self, judge: Judge) -> None:
         """Judge each criterion that there is something to judge by."""
         missing: list[str] = []
-        judge("crashes", max(self._told["emergency_shutdown"], bool(self._crash)))
+        incidents = sum(self._told[kind] for kind in ("emergency_shutdown", "chunk_set_aside", "storage_failed"))
+        judge("crashes", max(incidents, bool(self._crash)))
         if self._spoken:
             judge("samples_unanswered", unanswered(self._results, self._spoken))
             judge("gaps_and_overlaps", sum(untiled(self._results, self._accepted)))

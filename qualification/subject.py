@@ -84,7 +84,7 @@ class Event(Protocol):
 
 
 class Result(Protocol):
-    """The answer for positions [start, stop). An output of None is a declared silence or a declared failure."""
+    """The answer for positions [start, stop). An output of None declares a failure: it tiles, but answers nothing."""
 
     @property
     def start(self) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import subprocess
 import threading
 from typing import Any
 
@@ -165,3 +167,61 @@ def never_shuts_down(context: Any) -> DictationPipeline:
     rungs = tuple(rung for rung in Policy().rungs if rung != "emergency_shutdown")
     engine = InProcessEngine(context.backend, context.model_path)
     return DictationPipeline(context.workdir, engine, Policy(rungs=rungs))
+
+
+class _MutePipeline(DictationPipeline):
+    """Declares a failure of everything."""
+
+    def results(self) -> list[Result]:
+        return [dataclasses.replace(each, output=None) for each in super().results()]
+
+
+def answers_nothing(context: Any) -> DictationPipeline:
+    return _with(context, DictationPipeline=_MutePipeline)
+
+
+class _RefusingPipeline(DictationPipeline):
+    """Accepts nothing, so there is nothing to lose."""
+
+    def feed(self, start: int, block: FloatArray) -> int:
+        return start
+
+
+def accepts_nothing(context: Any) -> DictationPipeline:
+    return _with(context, DictationPipeline=_RefusingPipeline)
+
+
+class _TellingPipeline(DictationPipeline):
+    """Tells of an emergency shutdown, and goes on recording."""
+
+    def _emergency(self, why: str) -> None:
+        self._events.tell(EventKind.EMERGENCY_SHUTDOWN, why, "nothing", "nothing")
+
+
+def tells_of_a_shutdown_only(context: Any) -> DictationPipeline:
+    return _with(context, DictationPipeline=_TellingPipeline)
+
+
+_left: list[subprocess.Popen[bytes]] = []
+
+
+def leaves_a_process_behind(context: Any) -> DictationPipeline:
+    nothing = subprocess.DEVNULL
+    _left.append(
+        subprocess.Popen(["sleep", "20"], stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
+    )
+    return ships.factory(context)
+
+
+class _DeafTogglePipeline(DictationPipeline):
+    """Records on while it says that the recording is stopped."""
+
+    stopped = False
+
+    def toggle(self) -> bool:
+        self.stopped = not self.stopped
+        return not self.stopped
+
+
+def records_while_stopped(context: Any) -> DictationPipeline:
+    return _with(context, DictationPipeline=_DeafTogglePipeline)

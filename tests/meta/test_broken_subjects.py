@@ -36,10 +36,15 @@ DEFECTS = [
     ("acknowledges_before_it_stores", KILL, {"samples_lost"}),
     ("leaks_at_each_toggle", TOGGLE, {"resources_left"}),
     ("counts_no_ooms", DETECTION, {"ooms_uncounted"}),
-    ("falls_back_first", STRATEGIES, {"not_needed"}),
+    ("falls_back_first", STRATEGIES, {"not_needed", "out_of_order"}),
     ("answers_twice", STATE, {"overlaps"}),
     ("never_on_the_device", FALLBACK, {"fallbacks"}),
     ("never_shuts_down", TRIGGER, {"exit_status"}),
+    ("answers_nothing", BUFFER, {"samples_unanswered"}),
+    ("accepts_nothing", KILL, {"samples_lost"}),
+    ("tells_of_a_shutdown_only", TRIGGER, {"exit_status"}),
+    ("leaves_a_process_behind", TRIGGER, {"left_behind"}),
+    ("records_while_stopped", TOGGLE, {"toggles_failed"}),
 ]
 
 
@@ -73,6 +78,8 @@ def test_a_healthy_subject_passes_every_one_of_these_tests(tmp_path: Path, short
 
 def test_every_fault_has_its_provenance_in_the_records(tmp_path: Path, short: Path) -> None:
     run = qualify(tmp_path / "results", FALLBACK, DETECTION, KILL, "--criteria", str(short))
+    modes = {path.suffix: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "results").iterdir()}
+    assert modes == {".jsonl": "0o600", ".log": "0o600"}
     faulty = [each for each in run.criteria if each["points_seen"]]
     unnamed = [each["criterion"] for each in faulty if each["provenance"] not in ("capped", "killed")]
     assert faulty, "no criterion of an OOM test has a fault in the records"
@@ -94,6 +101,11 @@ def test_a_failure_begins_with_the_four_lines(tmp_path: Path) -> None:
     assert heads == ["promised", "measured", "fault", "repeat"], f"the failure begins with {section[begin : begin + 4]}"
     assert begin <= 2, f"{begin} lines come before the four:\n" + "\n".join(section[: begin + 4])
     assert f"{FALLBACK} --backend cpu --subject {BROKEN}:falls_back_silently" in section[begin + 3]
+
+
+def test_a_subject_that_answers_nothing_is_no_reference(tmp_path: Path) -> None:
+    run = qualify(tmp_path / "results", STATE, "--subject", f"{BROKEN}:answers_nothing")
+    assert run.status == 1 and "answers nothing even when nothing happens to it" in run.output, run.output[-2000:]
 
 
 def test_what_a_backend_cannot_do_is_not_run_and_says_why(tmp_path: Path) -> None:

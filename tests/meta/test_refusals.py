@@ -114,11 +114,26 @@ def test_a_second_run_is_refused_and_named(tmp_path: Path) -> None:
 
 
 def test_a_second_run_queues_when_it_is_told_to(tmp_path: Path) -> None:
-    lock = DeviceLock("cpu", folder=tmp_path)
+    lock, said = DeviceLock("cpu", folder=tmp_path), list[str]()
     with pytest.raises(LockBusy, match=str(os.getpid())):
-        DeviceLock("cpu", wait_s=0.3, folder=tmp_path)
+        DeviceLock("cpu", wait_s=0.5, folder=tmp_path, say=said.append)
+    assert said == [f"waiting for process {os.getpid()}, at most 0.5 s"]
     lock.release()
     DeviceLock("cpu", folder=tmp_path).release()
+
+
+@pytest.mark.parametrize("seconds", ["-1", "nan", "inf", "long"])
+def test_bad_lock_wait(seconds: str, tmp_path: Path) -> None:
+    assert "expected a number of seconds of at least 0" in refused(tmp_path, f"--lock-wait={seconds}")
+
+
+def test_an_environment_that_the_backend_does_not_declare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLIMSOLL_ENVIRONMENT", "cuda99")
+    assert "backend cpu is declared for cpu" in refused(tmp_path)
+
+
+def test_our_own_tests_and_the_qualification_are_not_run_together(tmp_path: Path) -> None:
+    assert "tests of Plimsoll itself" in refused(tmp_path, "tests/unit/test_stream.py")
 
 
 def test_listing_tests_takes_no_lock_and_writes_nothing(tmp_path: Path) -> None:

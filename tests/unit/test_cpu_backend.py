@@ -12,7 +12,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from backends._onnxruntime import OrtModel
+from backends._onnxruntime import OrtModel, resident_bytes
 from backends.contract import BackendError, FaultPlan, Model, ModelError, Site
 from backends.cpu import Cpu
 from backends.errors import ErrorKind, classify
@@ -330,3 +330,18 @@ def test_the_fallback_has_no_limit_and_no_device_faults(bounded: Cpu) -> None:
 def test_a_device_fault_needs_a_limit() -> None:
     with pytest.raises(ValueError, match="device_memory needs a device with a memory limit: call limit_memory first"):
         Cpu().arm(FaultPlan(Site.DEVICE_MEMORY))
+
+
+def test_without_a_limit_nothing_is_kept_after_a_run() -> None:
+    backend = Cpu()
+    model = backend.load(DEFAULT_MODEL)
+    features = np.zeros((16, model.window_frames, 80), np.float32)
+    model.run(features)
+    backend.release_cached()
+    before = resident_bytes()
+    model.run(features)
+    backend.release_cached()
+    kept = resident_bytes() - before
+    model.close()
+    backend.close()
+    assert kept < 8 << 20, f"{kept} bytes are kept after a run of {model.working_set_bytes(16)}"

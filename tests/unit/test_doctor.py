@@ -92,6 +92,14 @@ def test_another_c_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "GNU C library" in (platform_check.refusal() or "")
 
 
+@pytest.mark.parametrize(("version", "refused"), [("2.4", True), ("2.27", True), ("2.28", False), ("3.0", False)])
+def test_an_older_c_library_is_refused(monkeypatch: pytest.MonkeyPatch, version: str, refused: bool) -> None:
+    monkeypatch.setattr("os.confstr", lambda _: f"glibc {version}")
+    text = platform_check.refusal()
+    assert (text is not None) == refused, f"glibc {version}: {text}"
+    assert text is None or ("glibc 2.28 or newer is needed" in text and version in text)
+
+
 def test_too_little_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "available_memory_bytes", lambda: GIB)
     reason = doctor.obstacle(DECLARED, DECLARED.environments[0])

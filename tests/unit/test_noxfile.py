@@ -112,3 +112,29 @@ def test_the_pins_cover_what_the_headers_and_groups_ask_for(environment: str) ->
     pins = (ROOT / f"constraints/{environment}.txt").read_text(encoding="utf-8")
     missing = [item for item in wanted if f"\n{re.split(r'[^A-Za-z0-9._-]', item)[0]}==" not in pins]
     assert not missing, f"nox -s lock: constraints/{environment}.txt has no pin for {missing}"
+
+
+def _noxfile(call: str) -> str:
+    program = f"import noxfile; print({call})"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_marks_that_are_asked_for_are_combined_with_not_slow() -> None:
+    asked = [["-x"], ["-m", "oom", "-x"], ["-moom"], ["-m=oom or gpu"]]
+    found = _noxfile(f"[noxfile.split_marks(each) for each in {asked}]")
+    assert found == str([("", ["-x"]), ("oom", ["-x"]), ("oom", []), ("oom or gpu", [])])
+
+
+def test_what_exists_is_a_selection_of_tests_unless_it_is_the_value_of_an_option() -> None:
+    asked = [
+        ["tests/unit"],
+        ["./tests/test_oom_recovery.py::TestOOMDetection"],
+        ["--audio", "tests/data/speech.wav"],
+        ["--model=backends/data/acoustic.onnx"],
+        ["-k", "tests"],
+        ["-x"],
+        [""],
+    ]
+    found = _noxfile(f"[noxfile.selects_tests(each) for each in {asked}]")
+    assert found == str([True, True, False, False, False, False, False])

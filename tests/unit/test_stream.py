@@ -41,6 +41,13 @@ def test_gaps_and_overlaps_are_counted(spans: list[tuple[int, int]], gaps: int, 
     assert unanswered(results, 10) == missing, f"{spans}: {unanswered(results, 10)} unanswered"
 
 
+def test_a_declared_failure_tiles_but_answers_nothing() -> None:
+    results = [R(0, 4), R(4, 7, None), R(7, 10)]
+    assert untiled(results, 10) == (0, 0)
+    assert unanswered(results, 10) == 3
+    assert unanswered([R(0, 10, None)], 10) == 10
+
+
 def test_an_answer_is_wrong_where_it_is_missing_cut_elsewhere_or_different() -> None:
     reference = [R(0, 5, 1.0), R(5, 10, 2.0), R(10, 15, None)]
     assert wrong(reference, reference) == 0

@@ -171,7 +171,7 @@ def _starve(job: Job, subject: Any, stream: Any, accepted: int) -> int:
     fraction = host_memory().fraction
     while not _in_emergency(subject):
         # Coarse where nothing happens, fine where the last level is.
-        step = limit // (20 if fraction < 0.7 else 50 if fraction < 0.93 else 400)
+        step = limit // (20 if fraction < 0.7 else 50 if fraction < 0.93 else 250)
         try:
             held.append(bytearray(b"\xa5") * step)
         except MemoryError:
@@ -183,7 +183,7 @@ def _starve(job: Job, subject: Any, stream: Any, accepted: int) -> int:
             accepted = subject.feed(accepted, stream[accepted : accepted + job.block_samples])
             say(accepted=accepted)
         # The subject's own monitor has to have a chance at each level, and what it takes itself counts as well.
-        deadline_s = time.monotonic() + (0.1 if fraction < 0.7 else 0.35)
+        deadline_s = time.monotonic() + (0.1 if fraction < 0.7 else 0.25)
         while time.monotonic() < deadline_s and not _in_emergency(subject):
             highest = max(highest, host_memory().fraction)
             time.sleep(0.005)

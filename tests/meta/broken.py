@@ -211,17 +211,3 @@ def leaves_a_process_behind(context: Any) -> DictationPipeline:
         subprocess.Popen(["sleep", "20"], stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
     )
     return ships.factory(context)
-
-
-class _DeafTogglePipeline(DictationPipeline):
-    """Records on while it says that the recording is stopped."""
-
-    stopped = False
-
-    def toggle(self) -> bool:
-        self.stopped = not self.stopped
-        return not self.stopped
-
-
-def records_while_stopped(context: Any) -> DictationPipeline:
-    return _with(context, DictationPipeline=_DeafTogglePipeline)

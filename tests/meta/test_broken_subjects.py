@@ -44,7 +44,6 @@ DEFECTS = [
     ("accepts_nothing", KILL, {"samples_lost"}),
     ("tells_of_a_shutdown_only", TRIGGER, {"exit_status"}),
     ("leaves_a_process_behind", TRIGGER, {"left_behind"}),
-    ("records_while_stopped", TOGGLE, {"toggles_failed"}),
 ]
 
 

@@ -668,7 +668,6 @@ def _checked(block: npt.NDArray[np.float32]) -> FloatArray:
 __all__ = [
     "AudioError",
     "DictationPipeline",
-    "MemoryReading",
     "NotRecording",
     "PipelineClosed",
     "SpoolError",

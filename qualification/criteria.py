@@ -256,10 +256,6 @@ class Criteria:
         found = self._parameters.get((test, "duration_s"))
         return found.value if found else None
 
-    def all(self) -> list[Criterion]:
-        """Give every criterion."""
-        return list(self._criteria.values())
-
     @classmethod
     def load(cls, path: Path) -> Criteria:
         """Read overrides from a TOML file. Raises CriteriaError with the nearest names for what does not exist."""

@@ -35,7 +35,6 @@ QUICK_TIMEOUT_S = 120
 _RUN = pytest.StashKey["Run"]()
 _JUDGE = pytest.StashKey[Judge]()
 _OWN_TESTS = (ROOT / "tests" / "unit", ROOT / "tests" / "meta")
-_log = logging.getLogger("plimsoll")
 
 
 # Options and configuration.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -66,6 +67,11 @@ def create(name: str) -> type[Backend]:
     if name not in known:
         raise UnknownBackend(name, tuple(known))
     return cast("type[Backend]", importlib.import_module(known[name].module).BACKEND)
+
+
+def rebuild(data: Mapping[str, Any]) -> Backend:
+    """Make a backend that another process shared (``Backend.share``). Raises as ``create`` and ``limit_memory`` do."""
+    return create(data["backend"]).rebuild(data)
 
 
 def available() -> list[tuple[Declared, Availability]]:

@@ -6,14 +6,16 @@ A variant says how a session is made for its device, how its memory is capped, a
 from __future__ import annotations
 
 import abc
+import contextlib
 import json
+import logging
 import os
 import resource
 import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +30,7 @@ from backends.contract import (
     Backend,
     BackendError,
     Capability,
+    Device,
     FaultPlan,
     FloatArray,
     Health,
@@ -36,14 +39,15 @@ from backends.contract import (
     Model,
     ModelError,
     Provenance,
+    Share,
     Site,
     Unsupported,
 )
 from backends.errors import classify
 from backends.faults import ballast, limits
-from backends.faults.plan import CountingFault
+from backends.faults.plan import Board, CountingFault
 from backends.host import available_bytes, host_memory
-from backends.model import BLOCK_MODEL, N_MELS, PROBE_MODEL, ModelSpec
+from backends.model import BLOCK_MODEL, CRASH_MODEL, HANG_MODEL, N_MELS, PROBE_MODEL, ModelSpec
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -52,10 +56,14 @@ if TYPE_CHECKING:
 # is told not to before it is imported. Nothing about a dictation leaves the machine.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
+_log = logging.getLogger("plimsoll.backends")
+
 T = TypeVar("T")
 MIB = 1 << 20
 #: Faults hold the device's memory in pieces of this size: smaller than any tensor of a window that matters.
 _CACHE_PIECE_BYTES = 256 << 10
+#: No library of this name exists: the runtime says so itself.
+_MISSING_LIBRARY = "libplimsoll-that-is-missing.so.1"
 _RSS_SOURCE = Path("/proc/self/statm")
 _PAGE_BYTES = resource.getpagesize()
 
@@ -93,6 +101,25 @@ class _Block(Allocation):
         self.free()
 
 
+class _Held(Allocation):
+    """What was allocated through a backend, wherever its device is now."""
+
+    def __init__(self, where: Allocation) -> None:
+        self._where: Allocation | None = where
+        self.size_bytes = where.size_bytes
+
+    def free(self) -> None:
+        where, self._where = self._where, None
+        if where is not None:
+            where.free()
+
+    def move(self, allocate: Callable[[int], Allocation]) -> None:
+        """Take the same memory anew where the device is now; the old is given back first."""
+        if self._where is not None:
+            self._where.free()
+            self._where = allocate(self.size_bytes)
+
+
 class OrtModel(Model):
     """An acoustic model in an ONNX Runtime session."""
 
@@ -126,7 +153,7 @@ class OrtModel(Model):
             # A copy: it must not keep the runtime's buffer.
             return np.array(scores[:, -(self.chunk_frames // 2) :])
 
-        return self._backend._run_point(once, self.working_set_bytes(len(features)))
+        return self._backend._run_point(once, self.working_set_bytes(len(features)), features)
 
     def working_set_bytes(self, batch: int) -> int:
         """Say what the runtime's own profile measured, extended in proportion to the batch."""
@@ -245,6 +272,23 @@ def quiet_options() -> Any:
     return options
 
 
+#: Points of a model run on the device.
+_FATAL_SITES = (Site.RUNTIME_CRASH, Site.RUNTIME_HANG)
+_RUN_SITES = (Site.DEVICE_MEMORY, Site.DEVICE_CACHE, Site.DEVICE_GARBAGE, Site.LIBRARY_MISSING, *_FATAL_SITES)
+_PROVENANCE = {
+    Site.RUNTIME_CRASH: Provenance.KILLED,
+    Site.RUNTIME_HANG: Provenance.KILLED,
+    Site.LIBRARY_MISSING: Provenance.MISSING,
+}
+
+
+class _Here:
+    """The device of a backend in this process, as its own allocations need it."""
+
+    def __init__(self, backend: OrtBackend) -> None:
+        self.allocate = backend._allocate_here
+
+
 class OrtBackend(Backend):
     """The part of a backend that every ONNX Runtime execution provider shares."""
 
@@ -261,12 +305,16 @@ class OrtBackend(Backend):
         self._held_bytes = 0
         self._weights_bytes = self._working_set_bytes = 0
         self._models = 0
-        #: Shared with the fallback, so that a plan reaches it too.
-        self._faults: list[CountingFault] = []
-        self._owns_faults = True
+        #: Shared with the fallback, and with the workers: a plan reaches them too.
+        self._board = Board()
+        self._armed: list[CountingFault] = []
+        #: What each plan that struck in this process holds, by its number.
         self._fault_ballast: dict[int, list[Allocation]] = {}
         #: A piece of each garbage fault's memory: gone once it was collected.
         self._garbage: dict[int, weakref.ref[Allocation]] = {}
+        #: Where the device is, if another process has it, and what was allocated on it through this object.
+        self._elsewhere: Device | None = None
+        self._allocations: weakref.WeakSet[_Held] = weakref.WeakSet()
         self._lock = threading.RLock()
 
     # What a variant says.
@@ -306,6 +354,9 @@ class OrtBackend(Backend):
 
     def memory(self) -> MemoryReading:
         """Estimate: bound outputs that are held, weights, and the working set of the last run. It says so."""
+        if self._elsewhere is not None:
+            return self._elsewhere.memory()
+        self._lift_what_is_over()
         total = host_memory().total_bytes
         used = self._held_bytes + self._weights_bytes + (self._working_set_bytes if self._models else 0)
         source = "estimate: bound outputs held, weights, and the working set of the last run as profiled"
@@ -315,6 +366,11 @@ class OrtBackend(Backend):
         """Have the runtime fill a block of ones in its own arena, and keep it."""
         if size_bytes < 4:
             raise ValueError(f"size_bytes is {size_bytes}: expected at least 4")
+        held = _Held((self._elsewhere or _Here(self)).allocate(size_bytes))
+        self._allocations.add(held)
+        return held
+
+    def _allocate_here(self, size_bytes: int) -> Allocation:
         with self._lock:
             if self._block_session is None:
                 self._block_session = self._session(BLOCK_MODEL)
@@ -325,6 +381,36 @@ class OrtBackend(Backend):
             value = binding.get_outputs()[0]
             self._held(size_bytes)
             return _Block(self, value, size_bytes)
+
+    # Elsewhere.
+
+    def share(self) -> Share:
+        """Share the name, the limit, what a variant adds, and the board of faults."""
+        data = {"backend": self.name, "limit_bytes": self._limit_bytes, "board": self._board.descriptor}
+        return Share(data | self._variant(), (self._board.descriptor,))
+
+    def _variant(self) -> dict[str, Any]:
+        """Say what the constructor of this variant was given, by name."""
+        return {}
+
+    @classmethod
+    def rebuild(cls, data: Mapping[str, Any]) -> Backend:
+        """Make the backend that was shared; its limit is proved here as well."""
+        options = {name: value for name, value in data.items() if name not in ("backend", "limit_bytes", "board")}
+        made = cls(**options)
+        made._board = Board(data["board"])
+        if data["limit_bytes"] is not None:
+            made.limit_memory(data["limit_bytes"])
+        return made
+
+    def hand_over(self, device: Device | None) -> None:
+        """Move what is held to where the device is now. What does not fit there is given back, and logged."""
+        self._elsewhere = device
+        for held in tuple(self._allocations):
+            try:
+                held.move((device or _Here(self)).allocate)
+            except Exception as error:
+                _log.warning("%d bytes could not be taken anew on the device: %s", held.size_bytes, error)
 
     def _held(self, change_bytes: int) -> None:
         with self._lock:
@@ -337,6 +423,12 @@ class OrtBackend(Backend):
 
     def release_cached(self) -> int:
         """Shrink the arena and trim the heap."""
+        if self._elsewhere is not None:
+            return self._elsewhere.release_cached()
+        return self._release_here()
+
+    def _release_here(self) -> int:
+        self._lift_what_is_over()
         before = resident_bytes()
         with self._lock:
             if self._block_session is not None and self._has_arena():
@@ -366,6 +458,8 @@ class OrtBackend(Backend):
                 f"limit_bytes is {limit_bytes}: expected at least {MIB} (1 MiB) and at most {most} "
                 "(half of the host memory that is available now)"
             )
+        if self._elsewhere is not None:
+            raise BackendError("the device is in a worker now: limit its memory before a subject is made")
         with self._lock:
             self._register_limit(limit_bytes)
             # Sessions made from here on read it.
@@ -380,13 +474,13 @@ class OrtBackend(Backend):
                 raise
 
     def _prove_limit(self, limit_bytes: int) -> None:
-        self.allocate(limit_bytes // 2 // 4 * 4).free()
-        self.release_cached()
+        self._allocate_here(limit_bytes // 2 // 4 * 4).free()
+        self._release_here()
         self._prove_refusal(limit_bytes)
 
     def _prove_refusal(self, limit_bytes: int) -> None:
         try:
-            self.allocate(limit_bytes + MIB).free()
+            self._allocate_here(limit_bytes + MIB).free()
         except Exception as error:
             if not classify(error).is_oom:
                 raise
@@ -398,6 +492,7 @@ class OrtBackend(Backend):
 
     def load(self, path: Path) -> Model:
         """Load an ONNX file. Raises ModelError for what is not a usable acoustic model."""
+        self._lift_what_is_over()
         try:
             with self._lock:
                 self._prepare(path)
@@ -422,9 +517,9 @@ class OrtBackend(Backend):
             self._block_session = self._session(BLOCK_MODEL)
         if self._limit_bytes is not None:
             # The runtime takes weights past its cap, and then what is left wraps around zero and the cap is gone.
-            self.release_cached()
-            self.allocate(max(4, weights_bytes)).free()
-            self.release_cached()
+            self._release_here()
+            self._allocate_here(max(4, weights_bytes)).free()
+            self._release_here()
 
     def _load(self, path: Path) -> Model:
         model = OrtModel(self, self._session(path), path)
@@ -437,10 +532,13 @@ class OrtBackend(Backend):
     # Faults.
 
     def arm(self, plan: FaultPlan) -> ArmedFault:
-        """Arm a plan for the models that this backend, or its fallback, loads and runs in this process."""
+        """Arm a plan for the models that this backend, its fallback or a worker of either loads and runs."""
         needs = {
             Site.HOST_MEMORY: Capability.HOST_OOM,
             Site.DEVICE_ERROR: Capability.DEVICE_ERROR,
+            Site.RUNTIME_CRASH: Capability.RUNTIME_CRASH,
+            Site.RUNTIME_HANG: Capability.RUNTIME_CRASH,
+            Site.LIBRARY_MISSING: Capability.RUNTIME_CRASH,
         }.get(plan.site, Capability.DEVICE_OOM)
         self.require(needs)
         if plan.process is not None:
@@ -448,50 +546,73 @@ class OrtBackend(Backend):
                 f"{self.name} arms a plan in its own process: expected process None, not {plan.process!r}"
             )
         if plan.site is Site.HOST_MEMORY:
-            limits.require_expendable()
+            if self._elsewhere is None:
+                limits.require_expendable()
         elif self._limit_bytes is None:
             raise ValueError(f"{plan.site.value} needs a device with a memory limit: call limit_memory first")
-        fault = CountingFault(plan, Provenance.CAPPED, lambda: self._lift(fault))
+        provenance = _PROVENANCE.get(plan.site, Provenance.CAPPED)
+        fault = self._board.arm(plan, provenance, self._lift)
         with self._lock:
-            self._faults.append(fault)
+            self._armed = [each for each in self._armed if each.live]
+            self._armed.append(fault)
         return fault
 
     def _faults_at(self, *sites: Site) -> list[CountingFault]:
-        return [fault for fault in tuple(self._faults) if fault.plan.site in sites]
+        return [fault for fault in self._board.live() if fault.plan.site in sites]
 
-    def _lift(self, fault: CountingFault) -> None:
-        with self._lock:
-            if fault in self._faults:
-                self._faults.remove(fault)
-            self._garbage.pop(id(fault), None)
-            ballast.free(self._fault_ballast.pop(id(fault), []))
+    def _lift(self) -> None:
+        """Give back what a plan held that was disarmed, here and where the device is."""
+        self._lift_what_is_over()
+        if self._elsewhere is not None:
+            with contextlib.suppress(Exception):
+                # It lifts there when its memory is read.
+                self._elsewhere.memory()
 
-    def _run_point(self, once: Callable[[], FloatArray], working_set_bytes: int) -> FloatArray:
+    def _lift_what_is_over(self) -> None:
+        """Give back what plans held in this process that are disarmed, or past their deadline."""
+        if not self._fault_ballast and not self._garbage:
+            return
+        live = {fault.number for fault in self._board.live()}
+        # A reading of memory must not wait for a load.
+        if self._lock.acquire(timeout=0.5):
+            try:
+                for number in [each for each in self._garbage if each not in live]:
+                    del self._garbage[number]
+                for number in [each for each in self._fault_ballast if each not in live]:
+                    ballast.free(self._fault_ballast.pop(number))
+            finally:
+                self._lock.release()
+
+    def _run_point(
+        self, once: Callable[[], FloatArray], working_set_bytes: int, features: FloatArray
+    ) -> FloatArray:
         """Run the model once; at a point where a plan strikes, with its fault in place."""
         self._working_set_bytes = working_set_bytes
-        if not self._faults or self._limit_bytes is None:
+        # The fallback has no limit, and the faults of the device are not its.
+        if self._limit_bytes is None or not self._board.live():
             return once()
-        struck = [
-            fault
-            for fault in self._faults_at(Site.DEVICE_MEMORY, Site.DEVICE_CACHE, Site.DEVICE_GARBAGE)
-            if fault.strike()
-        ]
+        self._lift_what_is_over()
+        faults = self._faults_at(*_RUN_SITES)
+        struck = [fault for fault in faults if fault.strike(lambda: float(features.max()))]
         # Garbage of an earlier point that nobody has collected yet still holds the memory.
         lingering = [
             fault
-            for fault in self._faults_at(Site.DEVICE_GARBAGE)
-            if fault not in struck and (piece := self._garbage.get(id(fault))) is not None and piece() is not None
+            for fault in faults
+            if fault not in struck and (piece := self._garbage.get(fault.number)) is not None and piece() is not None
         ]
-        for fault in struck:
-            self._impose(fault)
         try:
-            result = self._watched(once, struck, lingering)
+            result = self._watched(lambda: self._imposed(struck, once), struck, lingering)
         finally:
             for fault in struck:
                 if fault.exhausted:
                     with self._lock:
-                        ballast.free(self._fault_ballast.pop(id(fault), []))
+                        ballast.free(self._fault_ballast.pop(fault.number, []))
         return result
+
+    def _imposed(self, struck: list[CountingFault], once: Callable[[], FloatArray]) -> FloatArray:
+        for fault in struck:
+            self._impose(fault)
+        return once()
 
     @staticmethod
     def _watched(act: Callable[[], T], struck: list[CountingFault], lingering: Sequence[CountingFault] = ()) -> T:
@@ -499,43 +620,68 @@ class OrtBackend(Backend):
             result = act()
         except Exception as error:
             # Another error is none of the fault's: it counts as neither fired nor absorbed.
-            if classify(error).is_oom:
-                for fault in (*struck, *lingering):
+            is_oom, missing = classify(error).is_oom, _MISSING_LIBRARY in str(error)
+            for fault in (*struck, *lingering):
+                if missing if fault.plan.site is Site.LIBRARY_MISSING else is_oom:
                     fault.fired(f"{type(error).__name__}: {str(error)[-160:]}")
             raise
         for fault in struck:
-            fault.absorbed()
+            if fault.plan.site not in _FATAL_SITES:
+                fault.absorbed()
         return result
 
     def _impose(self, fault: CountingFault) -> None:
-        """Bring the fault about: have the device's memory held by what the site says."""
+        """Bring the fault about: have the device's memory held by what the site says, or end inside the runtime."""
+        site = fault.plan.site
+        if site in _FATAL_SITES:
+            self._end_inside_the_runtime(fault)
+            return
+        if site is Site.LIBRARY_MISSING:
+            quiet_options().register_custom_ops_library(_MISSING_LIBRARY)
+            return
         with self._lock:
-            if fault not in self._faults:
+            if not fault.live:
                 # Disarmed since it struck: nobody would give back what is taken now.
                 return
-            site = fault.plan.site
             if site is Site.DEVICE_MEMORY:
-                if id(fault) not in self._fault_ballast:
-                    self.release_cached()
-                    held = ballast.fill(self.allocate)
-                    self._fault_ballast[id(fault)] = ballast.leave(held, fault.plan.min_bytes)
-                    self.release_cached()
+                if fault.number not in self._fault_ballast:
+                    self._release_here()
+                    held = ballast.fill(self._allocate_here)
+                    self._fault_ballast[fault.number] = ballast.leave(held, fault.plan.min_bytes)
+                    self._release_here()
                 return
-            self.release_cached()
-            pieces = ballast.fill(self.allocate, (_CACHE_PIECE_BYTES,))
+            self._release_here()
+            pieces = ballast.fill(self._allocate_here, (_CACHE_PIECE_BYTES,))
             if site is Site.DEVICE_CACHE:
                 # Free again, and kept by the arena in regions of that size: nothing larger fits until it is released.
                 ballast.free(pieces)
             elif pieces:
-                self._garbage[id(fault)] = weakref.ref(pieces[0])
+                self._garbage[fault.number] = weakref.ref(pieces[0])
                 _make_garbage(pieces)
+
+    def _end_inside_the_runtime(self, fault: CountingFault) -> None:
+        """Crash or hang the runtime, in a process that was made to be lost. Counted before: nobody can count after."""
+        if not limits.is_expendable():
+            fault.note("the model runs in a process that must not be lost: the fault was not brought about")
+            return
+        crash = fault.plan.site is Site.RUNTIME_CRASH
+        session = self._session(CRASH_MODEL if crash else HANG_MODEL)
+        fault.fired(f"{'a division that has no quotient' if crash else 'an endless loop'}, process {os.getpid()}")
+        if crash:
+            session.run(None, {"a": np.array([-(2**31)], np.int32), "b": np.array([-1], np.int32)})
+        else:
+            session.run(None, {"go": np.array(True), "x": np.ones(1, np.float32)})
+        fault.absorbed(fired_before=True)
 
     def healthy(self) -> Health:
         """Allocate 1 MiB, multiply a matrix, and compare with NumPy in double precision."""
+        if self._elsewhere is not None:
+            return self._elsewhere.healthy()
+        self._lift_what_is_over()
         began_s = time.perf_counter()
         try:
             with self._lock:
-                self.allocate(MIB).free()
+                self._allocate_here(MIB).free()
                 if self._probe_session is None:
                     self._probe_session = self._session(PROBE_MODEL)
                 x = np.random.RandomState(7).standard_normal((256, 256)).astype(np.float32)
@@ -550,9 +696,9 @@ class OrtBackend(Backend):
 
     def close(self) -> None:
         """Disarm every fault and drop the sessions."""
-        if self._owns_faults:
-            for fault in tuple(self._faults):
-                fault.disarm()
+        for fault in self._armed:
+            fault.disarm()
+        self._lift_what_is_over()
         with self._lock:
             self._block_session = self._probe_session = None
 

@@ -12,7 +12,7 @@ import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,7 @@ class Capability(enum.Enum):
     HOST_OOM = "host_oom", "A genuine out-of-memory error of the host can be brought about in a child process."
     FALLBACK = "fallback", "Another backend can take over without touching the failed device."
     DEVICE_ERROR = "device_error", "A genuine device error other than out of memory can be brought about."
+    RUNTIME_CRASH = "runtime_crash", "The runtime can be made to crash, to hang and to miss a library, in a worker."
     DEVICE_MEMORY_OF_OTHERS = "device_memory_of_others", "Another process can take the device's memory away."
 
 
@@ -107,6 +108,12 @@ class Site(enum.Enum):
     HOST_MEMORY = "host_memory"
     #: The device reports an error that is not out of memory. A point is a model run.
     DEVICE_ERROR = "device_error"
+    #: The runtime crashes: the process dies of a signal inside it. A point is a model run, in a worker.
+    RUNTIME_CRASH = "runtime_crash"
+    #: The runtime never returns. A point is a model run, in a worker.
+    RUNTIME_HANG = "runtime_hang"
+    #: The runtime does not find a library that it is asked to load. A point is a model run.
+    LIBRARY_MISSING = "library_missing"
 
 
 class Provenance(enum.Enum):
@@ -116,7 +123,8 @@ class Provenance(enum.Enum):
     CAPPED = "capped"  # a native limit refused
     INTERPOSED = "interposed"  # the Nth allocation under the runtime was refused
     DEVICE = "device"  # a sticky device fault
-    KILLED = "killed"
+    KILLED = "killed"  # a signal, or what the runtime did to its own process
+    MISSING = "missing"  # something that the runtime needs was not there
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,8 @@ class FaultPlan:
 
     The ``nth`` point (from 1) and the following, ``times`` in all (None: from there on, until disarmed). ``min_bytes``
     is the smallest request that is refused. ``process`` and ``thread`` narrow the plan where a site has several
-    (None: any). After ``disarm_after_s`` seconds the plan disarms itself.
+    (None: any). With ``input_above`` only a run whose input has a value above it is a point: the fault belongs to what is
+    computed, whenever that is. After ``disarm_after_s`` seconds the plan disarms itself.
     """
 
     site: Site
@@ -134,6 +143,7 @@ class FaultPlan:
     min_bytes: int = 1
     process: str | None = None
     thread: str | None = None
+    input_above: float | None = None
     disarm_after_s: float = 60.0
 
     def __post_init__(self) -> None:
@@ -255,6 +265,30 @@ class ArmedFault(abc.ABC):
         self.disarm()
 
 
+class Device(Protocol):
+    """A backend's device where another process has it."""
+
+    def memory(self) -> MemoryReading:
+        """Read its memory."""
+
+    def allocate(self, size_bytes: int) -> Allocation:
+        """Take real memory there. Raises RuntimeFailure when there is none."""
+
+    def release_cached(self) -> int:
+        """Give cached memory back there."""
+
+    def healthy(self) -> Health:
+        """Probe it there."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """How another process makes the same backend: ``backends.rebuild(data)``, with ``descriptors`` passed on to it."""
+
+    data: Mapping[str, Any]
+    descriptors: tuple[int, ...]
+
+
 class Backend(abc.ABC):
     """One inference runtime on one kind of device."""
 
@@ -309,6 +343,22 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def fallback(self) -> Backend:
         """Give the backend that takes over, built without touching the failed device."""
+
+    @abc.abstractmethod
+    def share(self) -> Share:
+        """Say how a worker makes the same backend, with the same limit, struck by the faults that are armed here."""
+
+    @classmethod
+    @abc.abstractmethod
+    def rebuild(cls, data: Mapping[str, Any]) -> Backend:
+        """Make the backend that was shared, in a worker."""
+
+    @abc.abstractmethod
+    def hand_over(self, device: Device | None) -> None:
+        """Have the device in another process: what is allocated here moves there, and what is asked is asked there.
+
+        None: it is in this process again.
+        """
 
     @abc.abstractmethod
     def close(self) -> None:

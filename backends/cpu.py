@@ -60,6 +60,7 @@ class Cpu(OrtBackend):
             "a host processor has no device errors: CUDA's error codes do not exist here",
             "https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html",
         ),
+        Capability.RUNTIME_CRASH: YES,
         Capability.DEVICE_MEMORY_OF_OTHERS: no(
             "the arena belongs to this process, and no other can take from it", _SESSION_DOCS
         ),
@@ -71,7 +72,11 @@ class Cpu(OrtBackend):
     def __init__(self, bounded: bool = True) -> None:
         """Make the device (bounded once ``limit_memory`` was called), or with ``bounded=False`` the fallback."""
         super().__init__()
+        self._bounded = bounded
         self.device = "cpu:arena" if bounded else "cpu"
+
+    def _variant(self) -> dict[str, Any]:
+        return {"bounded": self._bounded}
 
     def _options(self) -> Any:
         options = quiet_options()
@@ -102,7 +107,7 @@ class Cpu(OrtBackend):
     def fallback(self) -> Backend:
         """Give an unbounded session's backend; it shares the plans that are armed at the host's memory."""
         backend = Cpu(bounded=False)
-        backend._faults, backend._owns_faults = self._faults, False
+        backend._board = self._board
         return backend
 
 

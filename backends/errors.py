@@ -18,6 +18,7 @@ class ErrorKind(enum.Enum):
     HOST_OOM = "host_oom"  # no host memory
     DEVICE_ERROR = "device_error"  # the device failed, and the process can go on
     DEVICE_STICKY = "device_sticky"  # every later call in this process fails: it has to be replaced
+    PROCESS_LOST = "process_lost"  # the process that the runtime was in died, hung or broke its protocol
     OTHER = "other"  # not ours
 
     @property
@@ -29,6 +30,14 @@ class ErrorKind(enum.Enum):
     def is_device_error(self) -> bool:
         """Whether the device failed for another reason than memory."""
         return self in (ErrorKind.DEVICE_ERROR, ErrorKind.DEVICE_STICKY)
+
+
+class RuntimeFailure(Exception):
+    """What a runtime raised in another process, classified there, where its type was known."""
+
+    def __init__(self, kind: ErrorKind, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 #: Tried in order on the text of an error that a runtime raised; the first that matches decides.
@@ -79,6 +88,8 @@ def classify(error: BaseException) -> ErrorKind:
 
 
 def _classify_one(error: BaseException) -> ErrorKind:
+    if isinstance(error, RuntimeFailure):
+        return error.kind
     if isinstance(error, MemoryError):
         # Python's own has no text; numpy's and ONNX Runtime's loader's (`std::bad_alloc`) derive from it.
         return ErrorKind.HOST_OOM

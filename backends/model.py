@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ DATA = Path(__file__).parent / "data"
 DEFAULT_MODEL = DATA / "acoustic.onnx"
 BLOCK_MODEL = DATA / "block.onnx"
 PROBE_MODEL = DATA / "probe.onnx"
+CRASH_MODEL = DATA / "crash.onnx"
+HANG_MODEL = DATA / "hang.onnx"
 
 #: The audio that the model was made for.
 SAMPLE_RATE_HZ = 16_000
@@ -214,6 +217,15 @@ def to_onnx(spec: ModelSpec) -> Any:
     return model
 
 
+def _small(name: str, nodes: list[Any], inputs: list[Any], outputs: list[Any]) -> Any:
+    from onnx import helper
+
+    graph = helper.make_graph(nodes, name, inputs, outputs)
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9, producer_name="plimsoll"
+    )
+
+
 def block_to_onnx() -> Any:
     """Lower the block maker to ONNX: ``shape`` int64 [1] in, ``block`` float32 [shape] of ones out.
 
@@ -222,16 +234,11 @@ def block_to_onnx() -> Any:
     from onnx import TensorProto, helper
 
     one = helper.make_tensor("one", TensorProto.FLOAT, [1], [1.0])
-    return helper.make_model(
-        helper.make_graph(
-            [helper.make_node("ConstantOfShape", ["shape"], ["block"], value=one)],
-            "plimsoll-block",
-            [helper.make_tensor_value_info("shape", TensorProto.INT64, [1])],
-            [helper.make_tensor_value_info("block", TensorProto.FLOAT, ["elements"])],
-        ),
-        opset_imports=[helper.make_opsetid("", 17)],
-        ir_version=9,
-        producer_name="plimsoll",
+    return _small(
+        "plimsoll-block",
+        [helper.make_node("ConstantOfShape", ["shape"], ["block"], value=one)],
+        [helper.make_tensor_value_info("shape", TensorProto.INT64, [1])],
+        [helper.make_tensor_value_info("block", TensorProto.FLOAT, ["elements"])],
     )
 
 
@@ -239,33 +246,83 @@ def probe_to_onnx() -> Any:
     """Lower the health probe to ONNX: ``x`` float32 [n, n] in, ``y = x @ x`` float32 [n, n] out."""
     from onnx import TensorProto, helper
 
-    return helper.make_model(
-        helper.make_graph(
-            [helper.make_node("MatMul", ["x", "x"], ["y"])],
-            "plimsoll-probe",
-            [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", "n"])],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", "n"])],
-        ),
-        opset_imports=[helper.make_opsetid("", 17)],
-        ir_version=9,
-        producer_name="plimsoll",
+    return _small(
+        "plimsoll-probe",
+        [helper.make_node("MatMul", ["x", "x"], ["y"])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", "n"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", "n"])],
     )
 
 
+def crash_to_onnx() -> Any:
+    """Lower a division to ONNX: ``a``, ``b`` int32 [1] in, ``y = a / b`` out.
+
+    The smallest integer over −1 has no quotient: on x86 the runtime's own kernel dies of SIGFPE. (Division by zero is
+    refused with an error.)
+    """
+    from onnx import TensorProto, helper
+
+    one = [1]
+    return _small(
+        "plimsoll-crash",
+        [helper.make_node("Div", ["a", "b"], ["y"])],
+        [helper.make_tensor_value_info(name, TensorProto.INT32, one) for name in ("a", "b")],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, one)],
+    )
+
+
+def hang_to_onnx() -> Any:
+    """Lower an endless loop to ONNX: ``go`` bool [], ``x`` float32 [1] in; while ``go`` is true nothing comes out."""
+    from onnx import TensorProto, helper
+
+    one = [1]
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["go_in"], ["go_out"]), helper.make_node("Add", ["v_in", "v_in"], ["v_out"])],
+        "plimsoll-hang-body",
+        [
+            helper.make_tensor_value_info("turn", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go_in", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("v_in", TensorProto.FLOAT, one),
+        ],
+        [
+            helper.make_tensor_value_info("go_out", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("v_out", TensorProto.FLOAT, one),
+        ],
+    )
+    return _small(
+        "plimsoll-hang",
+        [helper.make_node("Loop", ["", "go", "x"], ["y"], body=body)],
+        [
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("x", TensorProto.FLOAT, one),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, one)],
+    )
+
+
+#: What is written beside the acoustic model: option, file, and how it is made.
+SMALL_MODELS: dict[str, tuple[Path, Callable[[], Any], str]] = {
+    "block": (BLOCK_MODEL, block_to_onnx, "the block maker that allocations are made with"),
+    "probe": (PROBE_MODEL, probe_to_onnx, "the health probe"),
+    "crash": (CRASH_MODEL, crash_to_onnx, "the division that the runtime dies of"),
+    "hang": (HANG_MODEL, hang_to_onnx, "the loop that the runtime never leaves"),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write an acoustic model (or, with ``--block`` or ``--probe``, what allocates and probes) as an ONNX file."""
+    """Write an acoustic model (or, with an option such as ``--block``, one of the small ones) as an ONNX file."""
     default = ModelSpec()
     parser = argparse.ArgumentParser(prog="python -m backends.model", description=main.__doc__)
     parser.add_argument("out", type=Path, help="the ONNX file to write")
-    parser.add_argument("--block", action="store_true", help="write the block maker that allocations are made with")
-    parser.add_argument("--probe", action="store_true", help="write the health probe")
+    for name, (_, _, text) in SMALL_MODELS.items():
+        parser.add_argument(f"--{name}", dest="small", action="store_const", const=name, help=f"write {text}")
     for field in dataclasses.fields(ModelSpec):
         option = "--" + field.name.replace("_", "-")
         parser.add_argument(option, type=int, default=getattr(default, field.name), metavar="N")
     options = parser.parse_args(argv)
     try:
         spec = ModelSpec(**{field.name: getattr(options, field.name) for field in dataclasses.fields(ModelSpec)})
-        model = block_to_onnx() if options.block else probe_to_onnx() if options.probe else to_onnx(spec)
+        model = SMALL_MODELS[options.small][1]() if options.small else to_onnx(spec)
         options.out.write_bytes(model.SerializeToString(deterministic=True))
     except ImportError as error:
         parser.error(f"writing a model needs the onnx package ({error}): pip install onnx")

@@ -62,8 +62,8 @@ def say(**what: Any) -> None:
 
 def main(argv: list[str]) -> int:
     """Run one job."""
-    from backends.faults.ballast import die_with_parent, volunteer_to_oom_killer
     from backends.faults.limits import declare_expendable
+    from backends.process import die_with_parent, volunteer_to_oom_killer
 
     parent = os.getppid()
     die_with_parent()

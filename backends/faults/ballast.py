@@ -9,8 +9,6 @@ that touches its memory, volunteers to the OOM killer, and ends with its parent 
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -21,6 +19,7 @@ from pathlib import Path
 from backends.contract import Allocation
 from backends.errors import classify
 from backends.host import spendable_bytes
+from backends.process import begin_as_child
 
 MIB = 1 << 20
 _PIECES = (16 * MIB, 4 * MIB, MIB, 256 << 10, 64 << 10, 4 << 10)
@@ -61,18 +60,6 @@ def free(held: list[Allocation]) -> None:
     """Free every piece."""
     while held:
         held.pop().free()
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends (Linux only; elsewhere it does nothing)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def volunteer_to_oom_killer() -> None:
-    """Make this process the OOM killer's first choice."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 class HostBallast:
@@ -125,8 +112,7 @@ def main(argv: list[str]) -> int:
     """Hold SIZE_BYTES for at most SECONDS."""
     size_bytes, limit_s = int(argv[0]), float(argv[1])
     parent = os.getppid()
-    die_with_parent()
-    volunteer_to_oom_killer()
+    begin_as_child(parent)
     signal.setitimer(signal.ITIMER_REAL, limit_s)
     held = bytearray(b"\xa5") * size_bytes
     print("held", flush=True)

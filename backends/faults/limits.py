@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from backends.contract import BackendError
 from backends.host import data_bytes, spendable_bytes
+from backends.process import suppress_core_dumps
 
 _expendable = False
 _HOLE_BYTES = 64 << 10
@@ -17,7 +18,12 @@ def declare_expendable() -> None:
     """Say that this process was started for the purpose: host memory may be exhausted in it. Suppresses core dumps."""
     global _expendable
     _expendable = True
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    suppress_core_dumps()
+
+
+def is_expendable() -> bool:
+    """Whether this process was declared expendable."""
+    return _expendable
 
 
 def require_expendable() -> None:

@@ -22,7 +22,7 @@ from backends.cpu import Cpu
 from backends.errors import ErrorKind, classify
 from backends.faults import ballast, limits
 from backends.faults.ballast import HostBallast
-from backends.faults.plan import CountingFault
+from backends.faults.plan import Board, CountingFault
 from backends.model import DEFAULT_MODEL
 
 MIB = 1 << 20
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def _counting(**plan: Any) -> tuple[CountingFault, threading.Event]:
     lifted = threading.Event()
-    return CountingFault(FaultPlan(Site.DEVICE_MEMORY, **plan), Provenance.CAPPED, lifted.set), lifted
+    return Board().arm(FaultPlan(Site.DEVICE_MEMORY, **plan), Provenance.CAPPED, lifted.set), lifted
 
 
 def _features(batch: int = 16) -> Any:
@@ -85,7 +85,7 @@ def test_a_fault_that_never_fired_has_no_provenance() -> None:
 
 def test_disarming_lifts_once() -> None:
     lifts: list[int] = []
-    fault = CountingFault(FaultPlan(Site.DEVICE_MEMORY, times=None), Provenance.CAPPED, lambda: lifts.append(1))
+    fault = Board().arm(FaultPlan(Site.DEVICE_MEMORY, times=None), Provenance.CAPPED, lambda: lifts.append(1))
     assert fault.strike(), "an armed plan did not strike"
     with fault:
         fault.disarm()

@@ -1,0 +1,41 @@
+"""How a child process begins: it ends with its parent, and is the first to go when memory runs out. Linux only.
+
+Imports nothing but the standard library: a child does this before anything that takes time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import resource
+import signal
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when the thread that started it ends. Elsewhere than on Linux: nothing."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def volunteer_to_oom_killer() -> None:
+    """Make this process the OOM killer's first choice."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def suppress_core_dumps() -> None:
+    """Leave no core dump: it would have the user's audio in it."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def begin_as_child(parent: int) -> None:
+    """Do all three; end at once when the parent ended before it could be watched."""
+    die_with_parent()
+    if os.getppid() != parent:
+        os._exit(0)
+    volunteer_to_oom_killer()
+    suppress_core_dumps()

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import resource
+import shutil
 import tempfile
 import threading
 import time
@@ -115,8 +116,9 @@ class _Held(Allocation):
 
     def move(self, allocate: Callable[[int], Allocation]) -> None:
         """Take the same memory anew where the device is now; the old is given back first."""
-        if self._where is not None:
-            self._where.free()
+        where, self._where = self._where, None
+        if where is not None:
+            where.free()
             self._where = allocate(self.size_bytes)
 
 
@@ -212,6 +214,7 @@ def _spec_of(session: ort.InferenceSession, path: Path) -> ModelSpec:
         raise ModelError(f"{path} has unusable metadata plimsoll.spec: {error}") from error
 
 
+_PROFILES = "plimsoll-profile-"
 _working_sets: dict[tuple[str, int, int], tuple[int, int, int]] = {}
 
 
@@ -223,7 +226,8 @@ def _working_set(path: Path) -> tuple[int, int, int]:
     key = (str(path), stat.st_mtime_ns, stat.st_size)
     if key in _working_sets:
         return _working_sets[key]
-    with tempfile.TemporaryDirectory(prefix="plimsoll-") as folder:
+    _sweep_profiles()
+    with tempfile.TemporaryDirectory(prefix=f"{_PROFILES}{os.getpid()}-") as folder:
         options = quiet_options()
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
@@ -257,6 +261,14 @@ def _working_set(path: Path) -> tuple[int, int, int]:
     return _working_sets[key]
 
 
+def _sweep_profiles() -> None:
+    """Remove the profiles of processes that were killed while they measured."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PROFILES}*"):
+        process_id = folder.name.removeprefix(_PROFILES).partition("-")[0]
+        if process_id.isdigit() and not Path(f"/proc/{process_id}").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def quiet_options() -> Any:
     """Make the options that every session has."""
     import onnxruntime as ort
@@ -280,13 +292,6 @@ _PROVENANCE = {
     Site.RUNTIME_HANG: Provenance.KILLED,
     Site.LIBRARY_MISSING: Provenance.MISSING,
 }
-
-
-class _Here:
-    """The device of a backend in this process, as its own allocations need it."""
-
-    def __init__(self, backend: OrtBackend) -> None:
-        self.allocate = backend._allocate_here
 
 
 class OrtBackend(Backend):
@@ -366,7 +371,8 @@ class OrtBackend(Backend):
         """Have the runtime fill a block of ones in its own arena, and keep it."""
         if size_bytes < 4:
             raise ValueError(f"size_bytes is {size_bytes}: expected at least 4")
-        held = _Held((self._elsewhere or _Here(self)).allocate(size_bytes))
+        allocate = self._allocate_here if self._elsewhere is None else self._elsewhere.allocate
+        held = _Held(allocate(size_bytes))
         self._allocations.add(held)
         return held
 
@@ -403,12 +409,21 @@ class OrtBackend(Backend):
             made.limit_memory(data["limit_bytes"])
         return made
 
-    def hand_over(self, device: Device | None) -> None:
+    def hand_over(self, device: Device) -> None:
         """Move what is held to where the device is now. What does not fit there is given back, and logged."""
         self._elsewhere = device
+        self._move_held(device.allocate)
+
+    def take_back(self, device: Device) -> None:
+        """Move what is held back here, likewise."""
+        if self._elsewhere is device:
+            self._elsewhere = None
+            self._move_held(self._allocate_here)
+
+    def _move_held(self, allocate: Callable[[int], Allocation]) -> None:
         for held in tuple(self._allocations):
             try:
-                held.move((device or _Here(self)).allocate)
+                held.move(allocate)
             except Exception as error:
                 _log.warning("%d bytes could not be taken anew on the device: %s", held.size_bytes, error)
 
@@ -583,9 +598,7 @@ class OrtBackend(Backend):
             finally:
                 self._lock.release()
 
-    def _run_point(
-        self, once: Callable[[], FloatArray], working_set_bytes: int, features: FloatArray
-    ) -> FloatArray:
+    def _run_point(self, once: Callable[[], FloatArray], working_set_bytes: int, features: FloatArray) -> FloatArray:
         """Run the model once; at a point where a plan strikes, with its fault in place."""
         self._working_set_bytes = working_set_bytes
         # The fallback has no limit, and the faults of the device are not its.

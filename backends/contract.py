@@ -133,8 +133,8 @@ class FaultPlan:
 
     The ``nth`` point (from 1) and the following, ``times`` in all (None: from there on, until disarmed). ``min_bytes``
     is the smallest request that is refused. ``process`` and ``thread`` narrow the plan where a site has several
-    (None: any). With ``input_above`` only a run whose input has a value above it is a point: the fault belongs to what is
-    computed, whenever that is. After ``disarm_after_s`` seconds the plan disarms itself.
+    (None: any). With ``input_above`` only a run whose input has a value above it is a point: the fault belongs to what
+    is computed, whenever that is. After ``disarm_after_s`` seconds the plan disarms itself.
     """
 
     site: Site
@@ -354,11 +354,12 @@ class Backend(abc.ABC):
         """Make the backend that was shared, in a worker."""
 
     @abc.abstractmethod
-    def hand_over(self, device: Device | None) -> None:
-        """Have the device in another process: what is allocated here moves there, and what is asked is asked there.
+    def hand_over(self, device: Device) -> None:
+        """Have the device in another process: what is allocated here moves there, and what is asked is asked there."""
 
-        None: it is in this process again.
-        """
+    @abc.abstractmethod
+    def take_back(self, device: Device) -> None:
+        """Have the device in this process again, unless it was handed over to another since."""
 
     @abc.abstractmethod
     def close(self) -> None:

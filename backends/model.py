@@ -221,9 +221,7 @@ def _small(name: str, nodes: list[Any], inputs: list[Any], outputs: list[Any]) -
     from onnx import helper
 
     graph = helper.make_graph(nodes, name, inputs, outputs)
-    return helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9, producer_name="plimsoll"
-    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9, producer_name="plimsoll")
 
 
 def block_to_onnx() -> Any:

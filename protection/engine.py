@@ -1,4 +1,7 @@
-"""Where inference happens, behind one interface: in this process today."""
+"""Where inference happens, behind one interface; and inference in this process, for embedders.
+
+The default is a worker process: ``protection.worker_engine``.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +22,12 @@ class EngineError(Exception):
 
 
 class Engine(Protocol):
-    """What the pipeline asks of inference. The worker process implements the same."""
+    """What the pipeline asks of inference."""
 
     #: Whether ``restart`` can replace the place where inference happens.
     can_restart: bool
+    #: Whether the place where inference happened is gone, and nothing helps but to replace it.
+    lost: bool
 
     @property
     def spec(self) -> ModelSpec:
@@ -54,6 +59,12 @@ class Engine(Protocol):
     def return_to_device(self) -> bool:
         """Go back to the device if a probe finds it healthy; say whether it did."""
 
+    def unload(self) -> None:
+        """Give the model's memory back until the next inference."""
+
+    def cancel(self) -> None:
+        """Have an inference in another thread end now, where that is possible."""
+
     def device_memory(self) -> MemoryReading:
         """Read the device's memory."""
 
@@ -68,6 +79,7 @@ class InProcessEngine:
     """Inference in this process: simple and fast, and it dies with whatever kills the runtime."""
 
     can_restart = False
+    lost = False
 
     def __init__(self, backend: Backend, model_path: Path, *, owns_backend: bool = False) -> None:
         """Load the model on the device, or where that has no memory on the fallback.
@@ -141,6 +153,14 @@ class InProcessEngine:
         self._fallback.close()
         self._fallback, self._model = None, model
         return True
+
+    def unload(self) -> None:
+        """Unload the model until the next inference."""
+        self._unload()
+        self.release_cached()
+
+    def cancel(self) -> None:
+        """Not possible here: a call into the runtime cannot be left."""
 
     def _unload(self) -> None:
         model, self._model = self._model, None

@@ -20,6 +20,7 @@ class EventKind(enum.StrEnum):
 
     OOM_DETECTED = "oom_detected"
     DEVICE_ERROR = "device_error"
+    WORKER_LOST = "worker_lost"
     CACHE_CLEAR = "cache_clear"
     GARBAGE_COLLECT = "garbage_collect"
     REDUCE_BUFFER = "reduce_buffer"

@@ -85,6 +85,15 @@ class Ladder:
         self._device_errors = 0
         return outcome.value
 
+    def progressed(self) -> None:
+        """Take note that a part of the work succeeded: errors before it are not in a row with errors after it."""
+        self._device_errors = 0
+
+    @property
+    def errors_in_a_row(self) -> int:
+        """Device errors and lost workers since the last success."""
+        return self._device_errors
+
     def _attempt(self, work: Callable[[], T]) -> _Done[T] | Failure:
         try:
             return _Done(work())
@@ -98,17 +107,20 @@ class Ladder:
         elif failure.kind.is_device_error:
             self._device_errors += 1
             self._metrics.add("device_errors_total")
+        elif failure.kind is ErrorKind.PROCESS_LOST:
+            self._device_errors += 1
+            self._metrics.add("workers_lost_total")
 
     def _recover(self, work: Callable[[], T], failure: Failure) -> T:
         if failure.kind is ErrorKind.OTHER:
             raise NotOurs(failure.text)
         self._note(failure)
         self._metrics.add("recoveries_attempted")
-        kind = EventKind.OOM_DETECTED if failure.kind.is_oom else EventKind.DEVICE_ERROR
-        what = {
-            ErrorKind.DEVICE_OOM: "the device ran out of memory",
-            ErrorKind.HOST_OOM: "the host ran out of memory",
-        }.get(failure.kind, "the device reported an error")
+        kind, what = {
+            ErrorKind.DEVICE_OOM: (EventKind.OOM_DETECTED, "the device ran out of memory"),
+            ErrorKind.HOST_OOM: (EventKind.OOM_DETECTED, "the host ran out of memory"),
+            ErrorKind.PROCESS_LOST: (EventKind.WORKER_LOST, "the process that runs the model was lost"),
+        }.get(failure.kind, (EventKind.DEVICE_ERROR, "the device reported an error"))
         self._events.tell(
             kind,
             f"{what} ({failure.text})",
@@ -147,8 +159,10 @@ class Ladder:
         raise self._give_up(failure, attempts, began_s)
 
     def _skips(self, rung: Rung) -> bool:
-        """So many device errors in a row mean the fallback, whatever else there would be to try."""
-        return self._device_errors >= self._errors_in_a_row and rung.kind is not EventKind.CPU_FALLBACK
+        """So many device errors in a row mean the fallback, if there is one, whatever else there would be to try."""
+        if self._device_errors < self._errors_in_a_row or rung.kind is EventKind.CPU_FALLBACK:
+            return False
+        return any(each.kind is EventKind.CPU_FALLBACK and each.not_now() is None for each in self._rungs)
 
     def _climb(self, rung: Rung, work: Callable[[], T]) -> _Done[T] | Failure:
         """Act on one rung and try again. A failure of the rung itself is a failure like any other."""
@@ -161,11 +175,15 @@ class Ladder:
             self._events.tell(rung.kind, f"{name} itself failed ({acted.text})", "the next rung is tried", rung.meaning)
             self._metrics.took(name, time.perf_counter() - began_s)
             return replace(acted, of_rung=True)
-        self._events.tell(rung.kind, "memory or the device failed", acted.value, rung.meaning)
+        self._events.tell(rung.kind, "memory, the device or the worker failed", acted.value, rung.meaning)
         outcome = self._attempt(work)
         self._metrics.took(name, time.perf_counter() - began_s)
         if isinstance(outcome, Failure):
             self._note(outcome)
+            if outcome.kind is ErrorKind.PROCESS_LOST:
+                # Each is told: it was another process.
+                lost = "the process that runs the model was lost again"
+                self._events.tell(EventKind.WORKER_LOST, f"{lost} ({outcome.text})", "recovery goes on", rung.meaning)
         else:
             self._metrics.add(f"{name}_successes")
         return outcome

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 import backends
-from backends.contract import Backend, FloatArray, MemoryReading
-from backends.errors import classify
+from backends.contract import Backend, BackendError, FloatArray, MemoryReading
+from backends.errors import ErrorKind, RuntimeFailure, classify
 from backends.host import host_memory
 from backends.model import N_MELS, SAMPLE_RATE_HZ
 from protection.engine import Engine, InProcessEngine
@@ -30,6 +30,7 @@ from protection.metrics import Metrics
 from protection.policy import Policy
 from protection.pressure import Below, Level, Pressure
 from protection.spool import AudioError, Result, Spool, SpoolError
+from protection.worker_engine import Deadlines, WorkerEngine, WorkerLost
 
 _log = logging.getLogger("plimsoll.protection")
 
@@ -38,6 +39,9 @@ SCORE_TOLERANCE = 1e-3
 _RETENTION_EVERY_S = 60.0
 _STORAGE_BACKOFF_S = (0.1, 5.0)
 _RETURN_DELAY_MOST_S = 30.0
+_RESTART_DELAY_MOST_S = 5.0
+#: What a reading of the device's memory raises while the worker that has it is gone, stopped or just starting.
+_NO_READING = (OSError, RuntimeFailure, BackendError)
 _SAFE = "nothing is lost: everything accepted is in the spool"
 
 
@@ -47,6 +51,10 @@ class PipelineClosed(Exception):
 
 class NotRecording(Exception):
     """Audio was fed while the recording is stopped: call ``toggle`` first."""
+
+
+class ChunkKills(Exception):
+    """A chunk, alone, took one worker after another with it."""
 
 
 class Context(Protocol):
@@ -80,7 +88,15 @@ def factory(context: Context) -> DictationPipeline:
         else:
             raise RuntimeError("no backend is available: install one of its runtimes")
     policy = Policy.from_options(context.policy)
-    return DictationPipeline(context.workdir, InProcessEngine(backend, context.model_path, owns_backend=owned), policy)
+    return DictationPipeline(context.workdir, make_engine(backend, context.model_path, policy, owned), policy)
+
+
+def make_engine(backend: Backend, model_path: Path, policy: Policy, owns_backend: bool = False) -> Engine:
+    """Make the engine that the policy asks for. Raises ModelError, or what the runtime raises without memory."""
+    if policy.engine == "in_process":
+        return InProcessEngine(backend, model_path, owns_backend=owns_backend)
+    deadlines = Deadlines(policy.start_deadline_s, policy.infer_deadline_s, policy.heartbeat_s)
+    return WorkerEngine(backend, model_path, owns_backend=owns_backend, deadlines=deadlines, standby=policy.standby)
 
 
 class DictationPipeline:
@@ -120,8 +136,12 @@ class DictationPipeline:
         self._shut_down: str | None = None
         self._batch = self._policy.max_batch
         self._good_batches = 0
-        #: First sample of the chunk that failed last for a reason that is not memory, and how often in a row.
+        #: First sample of the chunk that failed last, alone, for a reason that is not memory, and how often in a row.
         self._failing = (-1, 0)
+        #: Whether this recovery has replaced the worker already.
+        self._replaced = False
+        self._worked_s = time.monotonic()
+        self._unloaded = False
         self._device_pressure, self._host_pressure = Pressure(self._policy), Pressure(self._policy)
         self._may_return = Below(self._policy.return_below, self._policy.return_after_s)
         self._return_wanted = False
@@ -220,6 +240,10 @@ class DictationPipeline:
         for thread in (self._worker, self._watcher):
             if thread is not threading.current_thread():
                 thread.join(self._policy.shutdown_deadline_s)
+        if self._worker is not threading.current_thread() and self._worker.is_alive():
+            # A worker process that hangs is not waited for.
+            self._engine.cancel()
+            self._worker.join(1.0)
 
     def close(self) -> None:
         """Give everything back. What is unanswered is answered by the next pipeline on the same folder."""
@@ -300,6 +324,7 @@ class DictationPipeline:
                     self._spool.forget(self._policy.retention_s, self._engine.spec.context_samples)
                     forget_at_s = time.monotonic() + _RETENTION_EVERY_S
                 chunks = [] if self._is_shut_down() else self._next_chunks()
+                self._consider_unloading(bool(chunks))
                 if chunks:
                     self._spool.answer(self._compute(chunks))
                     with self._wake:
@@ -364,12 +389,19 @@ class DictationPipeline:
             while len(made) < len(chunks):
                 part = features[len(made) : len(made) + self._batch]
                 self._in_hand = len(part)
-                scores = self._engine.infer(part)
-                if not np.isfinite(scores).all():
-                    raise ValueError("the model gave scores that are not finite")
+                try:
+                    scores = self._engine.infer(part)
+                    if not np.isfinite(scores).all():
+                        raise ValueError("the model gave scores that are not finite")
+                except Exception as error:
+                    self._note_failure(error, chunks[len(made)][0])
+                    raise
                 device, degraded = self._engine.device, self._engine.degraded
                 made.extend((row, device, degraded) for row in scores)
+                self._ladder.progressed()
+                self._replaced = False
 
+        self._replaced = False
         try:
             self._ladder.run(work)
         except NotOurs as error:
@@ -377,6 +409,22 @@ class DictationPipeline:
         self._grow()
         self._metrics.add("chunks_answered", len(chunks))
         return self._as_results(chunks, made)
+
+    def _note_failure(self, error: Exception, start: int) -> None:
+        """Count what may be the chunk's own fault. Raises ChunkKills once it has killed workers often enough."""
+        kind = classify(error)
+        if isinstance(error, WorkerLost):
+            self._metrics.add(f"workers_lost_{error.cause.replace(' ', '_')}")
+        if kind not in (ErrorKind.PROCESS_LOST, ErrorKind.OTHER):
+            return
+        if self._in_hand > 1:
+            # One at a time from here on: which of them it was is not known.
+            self._batch, self._good_batches = 1, 0
+            return
+        self._failing = (start, self._failing[1] + 1 if self._failing[0] == start else 1)
+        if kind is ErrorKind.PROCESS_LOST and self._failing[1] >= self._policy.attempts_per_chunk:
+            self._metrics.add("workers_lost_total")
+            raise ChunkKills(str(error)) from None
 
     def _window(self, start: int, stop: int) -> FloatArray:
         """Read a chunk and its left context; what the retention rule deleted before the context counts as silence."""
@@ -404,34 +452,49 @@ class DictationPipeline:
         Raises RecoveryFailed when it is not the chunk: then nothing is set aside, and all is answered after a restart.
         """
         results = self._as_results(chunks, made)
-        alone = self._in_hand == 1
         # Alone next time: one bad chunk must not take its neighbours with it.
         self._batch, self._good_batches = 1, 0
-        if not alone:
-            return results
         start, stop = chunks[len(made)]
-        times = self._failing[1] + 1 if self._failing[0] == start else 1
-        self._failing = (start, times)
-        if times >= self._policy.attempts_per_chunk:
-            self._require_engine(why)
-            results.append(Result(start, stop, None, self._engine.device, True))
-            self._metrics.add("chunks_set_aside")
-            self._events.tell(
-                EventKind.CHUNK_SET_ASIDE,
-                f"samples [{start}, {stop}) failed {self._policy.attempts_per_chunk} times ({why})",
-                "they were set aside",
-                "this part has no answer; its audio is kept and can be exported",
-            )
+        if self._failing[0] != start or self._failing[1] < self._policy.attempts_per_chunk:
+            return results
+        self._failing = (-1, 0)
+        if not self._engine_is_sound():
+            # It was not the chunk; it is computed again where the engine is now.
+            return results
+        results.append(Result(start, stop, None, self._engine.device, True))
+        self._metrics.add("chunks_set_aside")
+        self._events.tell(
+            EventKind.CHUNK_SET_ASIDE,
+            f"samples [{start}, {stop}) failed {self._policy.attempts_per_chunk} times ({why})",
+            "they were set aside",
+            "this part has no answer; its audio is kept and can be exported",
+        )
         return results
 
-    def _require_engine(self, why: str) -> None:
-        """Raise RecoveryFailed unless the engine can still compute something: a window of silence."""
+    def _engine_is_sound(self) -> bool:
+        """Whether the engine computes a window of silence as it is; where it does not, climb until it does.
+
+        Raises RecoveryFailed when it never does.
+        """
         spec = self._engine.spec
-        silence = log_mel(np.zeros(spec.context_samples + spec.chunk_samples, np.float32))
-        try:
-            self._engine.infer(silence[None])
-        except Exception as error:
-            raise RecoveryFailed(f"the engine fails on silence too ({type(error).__name__}: {error}): {why}") from None
+        silence = log_mel(np.zeros(spec.context_samples + spec.chunk_samples, np.float32))[None]
+        sound = True
+
+        def work() -> None:
+            nonlocal sound
+            try:
+                self._engine.infer(silence)
+            except Exception as error:
+                sound = False
+                if classify(error) is not ErrorKind.OTHER:
+                    raise
+                text = f"the engine fails on silence too ({type(error).__name__}: {error})"
+                raise RuntimeFailure(ErrorKind.DEVICE_ERROR, text) from None
+
+        self._in_hand = 1
+        self._replaced = False
+        self._ladder.run(work)
+        return sound
 
     # Recovery.
 
@@ -440,27 +503,39 @@ class DictationPipeline:
             return Rung(kind, act, meaning, **rest)
 
         same = "answers are the same as before"
+
+        def lost() -> str | None:
+            return "the worker is gone: only another one helps" if self._engine.lost else None
+
+        def no_smaller_batch() -> str | None:
+            one = "the batch is one chunk already"
+            return lost() or (None if min(self._batch, self._in_hand) > 1 else one)
+
+        def no_restart() -> str | None:
+            if not self._engine.can_restart:
+                return "inference has no process of its own"
+            # A new worker that runs out of memory as well is not replaced again; one that dies is.
+            return "the worker is new already" if self._replaced and not self._engine.lost else None
+
+        def no_fallback() -> str | None:
+            return "the fallback is in use already" if self._engine.degraded and not self._engine.lost else None
+
         rungs = [
-            rung(EventKind.CACHE_CLEAR, self._clear_cache, same),
-            rung(EventKind.GARBAGE_COLLECT, self._collect, same),
+            rung(EventKind.CACHE_CLEAR, self._clear_cache, same, not_now=lost),
+            rung(EventKind.GARBAGE_COLLECT, self._collect, same, not_now=lost),
             rung(
                 EventKind.REDUCE_BUFFER,
                 self._reduce,
                 "answers are the same, in smaller batches",
-                not_now=lambda: None if min(self._batch, self._in_hand) > 1 else "the batch is one chunk already",
+                not_now=no_smaller_batch,
                 repeats=True,
             ),
-            rung(
-                EventKind.RESTART_WORKER,
-                self._restart,
-                same,
-                not_now=lambda: None if self._engine.can_restart else "inference has no process of its own",
-            ),
+            rung(EventKind.RESTART_WORKER, self._restart, same, not_now=no_restart, repeats=True),
             rung(
                 EventKind.CPU_FALLBACK,
                 self._fall_back,
                 "answers go on, more slowly, until the device has memory again",
-                not_now=lambda: "the fallback is in use already" if self._engine.degraded else None,
+                not_now=no_fallback,
                 # A fallback that could not be loaded may be a moment later.
                 repeats=True,
             ),
@@ -492,11 +567,21 @@ class DictationPipeline:
         return f"the batch was reduced from {before} to {self._batch} chunks"
 
     def _restart(self) -> str:
+        self._replaced = True
+        self._back_off()
         self._engine.restart()
         return "the worker was replaced"
 
+    def _back_off(self) -> None:
+        """Wait before the next worker is started, longer with each that was lost in a row."""
+        if self._engine.lost and self._ladder.errors_in_a_row > 1:
+            delay_s = self._policy.restart_backoff_s * 2 ** (self._ladder.errors_in_a_row - 2)
+            with self._wake:
+                self._wake.wait_for(self._is_shut_down, min(delay_s, _RESTART_DELAY_MOST_S))
+
     def _fall_back(self) -> str:
         before = self._engine.device
+        self._back_off()
         self._engine.fall_back()
         self._may_return.reset()
         self._metrics.add("fallbacks")
@@ -534,17 +619,23 @@ class DictationPipeline:
     def _watch(self) -> None:
         """Read both memories again and again; the working thread acts on what is found."""
         while self._shut_down is None:
-            try:
-                device, host = self._engine.device_memory().fraction, host_memory().fraction
+            for pressure, read in (
+                (self._host_pressure, host_memory),
+                (self._device_pressure, self._engine.device_memory),
+            ):
+                try:
+                    fraction = read().fraction
+                except Exception:
+                    # Under real pressure even reading can fail, and so it does without a worker: the next one is soon.
+                    _log.debug("a memory reading failed", exc_info=True)
+                    continue
                 with self._wake:
-                    before = self._device_pressure.level, self._host_pressure.level
-                    levels = self._device_pressure.update(device), self._host_pressure.update(host)
-                    self._return_wanted = self._engine.degraded and self._may_return.update(device, time.monotonic())
-                    if before != levels or self._return_wanted:
+                    before, level = pressure.level, pressure.update(fraction)
+                    if pressure is self._device_pressure:
+                        degraded = self._engine.degraded
+                        self._return_wanted = degraded and self._may_return.update(fraction, time.monotonic())
+                    if before != level or self._return_wanted:
                         self._wake.notify_all()
-            except Exception:
-                # Under real pressure even reading can fail: the next reading is soon.
-                _log.debug("a memory reading failed", exc_info=True)
             with self._wake:
                 if self._shut_down is None:
                     self._wake.wait_for(lambda: self._shut_down is not None, self._policy.pressure_interval_s)
@@ -581,8 +672,12 @@ class DictationPipeline:
                     return
 
     def _read_again(self, pressure: Pressure, read: Callable[[], MemoryReading]) -> Level:
+        try:
+            fraction = read().fraction
+        except _NO_READING:
+            return pressure.level
         with self._wake:
-            return pressure.update(read().fraction)
+            return pressure.update(fraction)
 
     def _relieve_level(self, level: Level, name: str, share: str) -> None:
         fallback_helps = name == "device" and "cpu_fallback" in self._policy.rungs
@@ -612,8 +707,19 @@ class DictationPipeline:
             done = f"{rung.value} failed ({type(error).__name__}: {str(error)[-200:]})"
         self._events.tell(rung, share, done, "answers may be slower" if rung is EventKind.CPU_FALLBACK else _SAFE)
 
+    def _consider_unloading(self, at_work: bool) -> None:
+        """Give the model's memory back after so long without work."""
+        if at_work:
+            self._worked_s, self._unloaded = time.monotonic(), False
+            return
+        idle_s = self._policy.unload_after_idle_s
+        if idle_s is not None and not self._unloaded and time.monotonic() - self._worked_s >= idle_s:
+            self._engine.unload()
+            self._unloaded = True
+            self._metrics.add("unloads")
+
     def _consider_return(self) -> None:
-        if not (self._return_wanted and self._engine.degraded):
+        if not (self._return_wanted and self._engine.degraded) or self._unloaded:
             return
         self._return_wanted = False
         self._may_return.reset()

@@ -13,6 +13,9 @@ from typing import Any, get_type_hints
 RUNGS = ("cache_clear", "garbage_collect", "reduce_buffer", "restart_worker", "cpu_fallback", "emergency_shutdown")
 
 
+#: Where inference happens: a process that the host can lose, or this one.
+ENGINES = ("worker", "in_process")
+
 #: Halved to one within the attempts of one recovery, with some left for the fallback.
 _MOST_BATCH = 128
 
@@ -27,6 +30,19 @@ class Policy:
 
     #: Rungs that may be used; without ``cpu_fallback`` a product stops rather than answer slowly.
     rungs: tuple[str, ...] = RUNGS
+    #: ``worker`` survives whatever kills the runtime; ``in_process`` is for embedders who want one process.
+    engine: str = "worker"
+    #: A worker that has not answered for so long is ended and replaced.
+    infer_deadline_s: float = 10.0
+    start_deadline_s: float = 30.0
+    #: The same for one that gives no sign of life while it is at work.
+    heartbeat_s: float = 5.0
+    #: From the second loss in a row on a replacement waits so long, then twice as long, at most 5 s.
+    restart_backoff_s: float = 0.1
+    #: Keep a loaded worker for the fallback: it costs memory, and the fallback is immediate.
+    standby: bool = False
+    #: End the workers after so long without work (None: never). The next audio starts them again.
+    unload_after_idle_s: float | None = None
     #: Chunks computed at once at most; ``reduce_buffer`` halves it.
     max_batch: int = 16
     warning: float = 0.80
@@ -46,7 +62,8 @@ class Policy:
     recovery_deadline_s: float = 30.0
     #: Successful batches after which a reduced batch may double again.
     batches_before_growth: int = 8
-    #: A chunk that fails so often for a reason that is not memory is set aside: a declared failure.
+    #: A chunk that fails so often for a reason that is not memory, by killing its worker for instance, is set aside: a
+    #: declared failure.
     attempts_per_chunk: int = 3
     shutdown_deadline_s: float = 5.0
     #: Answered audio is deleted after so long (None: kept until the spool is deleted).
@@ -58,6 +75,10 @@ class Policy:
         unknown = [rung for rung in self.rungs if rung not in RUNGS]
         if unknown or len(set(self.rungs)) != len(self.rungs):
             raise PolicyError(f"rungs {list(self.rungs)}: expected some of {', '.join(RUNGS)}, each once")
+        if self.engine not in ENGINES:
+            raise PolicyError(f"engine is {self.engine!r}: expected one of {', '.join(ENGINES)}")
+        if not isinstance(self.standby, bool):
+            raise PolicyError(f"standby is {self.standby!r}: expected true or false")
         # The order is the ladder's, whatever order they are given in.
         object.__setattr__(self, "rungs", tuple(rung for rung in RUNGS if rung in self.rungs))
         shares = (self.return_below, self.warning, self.critical, self.emergency, self.shutdown)
@@ -80,9 +101,16 @@ class Policy:
                 raise PolicyError(f"{name} is {value}: expected a whole number of at least {least}")
         if self.max_batch > _MOST_BATCH:
             raise PolicyError(f"max_batch is {self.max_batch}: expected at most {_MOST_BATCH} chunks")
-        for name in ("return_after_s", "pressure_interval_s", "recovery_deadline_s", "shutdown_deadline_s"):
+        seconds = (
+            *("return_after_s", "pressure_interval_s", "recovery_deadline_s", "shutdown_deadline_s"),
+            *("infer_deadline_s", "start_deadline_s", "heartbeat_s", "restart_backoff_s"),
+        )
+        for name in seconds:
             if not 0 < getattr(self, name) < 1e6:
                 raise PolicyError(f"{name} is {getattr(self, name)}: expected more than 0 seconds")
+        idle_s = self.unload_after_idle_s
+        if idle_s is not None and not 0 < idle_s < 1e6:
+            raise PolicyError(f"unload_after_idle_s is {idle_s}: expected more than 0 seconds, or None for never")
         if self.retention_s is not None and not self.retention_s >= 0:
             raise PolicyError(f"retention_s is {self.retention_s}: expected at least 0 seconds, or None to keep all")
         limit_bytes: Any = self.spool_limit_bytes

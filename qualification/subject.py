@@ -25,6 +25,7 @@ EVENT_KINDS = frozenset(
     {
         "oom_detected",
         "device_error",
+        "worker_lost",
         "cache_clear",
         "garbage_collect",
         "reduce_buffer",

@@ -17,6 +17,7 @@ from protection.events import EventKind, Events
 from protection.pipeline import DictationPipeline
 from protection.policy import Policy
 from protection.spool import FloatArray, Result, Spool
+from protection.worker_engine import WorkerEngine
 
 healthy = ships.factory
 
@@ -73,7 +74,7 @@ def keeps_every_buffer(context: Any) -> DictationPipeline:
     return _with(context, DictationPipeline=_KeepingPipeline)
 
 
-class _ZeroingEngine(InProcessEngine):
+class _ZeroingEngine(WorkerEngine):
     """Takes an out-of-memory error for silence."""
 
     def infer(self, features: FloatArray) -> FloatArray:
@@ -86,7 +87,7 @@ class _ZeroingEngine(InProcessEngine):
 
 
 def returns_zeros_on_oom(context: Any) -> DictationPipeline:
-    return _with(context, InProcessEngine=_ZeroingEngine)
+    return _with(context, WorkerEngine=_ZeroingEngine)
 
 
 class _LateSpool(Spool):

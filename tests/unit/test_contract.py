@@ -8,7 +8,11 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,6 +41,8 @@ from backends.errors import ErrorKind, classify
 from backends.faults import ballast
 from backends.faults.ballast import HostBallast
 from backends.model import DEFAULT_MODEL
+
+ROOT = Path(__file__).resolve().parents[2]
 
 MIB = 1 << 20
 LIMIT_BYTES = 96 * MIB
@@ -297,6 +303,43 @@ def _prove_device_memory_of_others(device: Backend, in_child: InChild) -> None:
     assert shared < alone, f"with 64 MiB held by another process {shared} bytes can be had, without {alone}"
 
 
+def _prove_runtime_crash(device: Backend, in_child: InChild) -> None:
+    for site, status in ((Site.RUNTIME_CRASH, -signal.SIGFPE), (Site.RUNTIME_HANG, None)):
+        with device.arm(FaultPlan(site)) as fault:
+            child = _run_shared(device)
+            try:
+                ended = child.wait(3.0)
+            except subprocess.TimeoutExpired:
+                ended = None
+                child.kill()
+                child.wait()
+            record = fault.record()
+        assert ended == status, f"{site.value}: the process that ran the model ended with {ended}, expected {status}"
+        assert (record.faults_fired, record.provenance) == (1, Provenance.KILLED), f"{site.value}: {record}"
+    with device.arm(FaultPlan(Site.LIBRARY_MISSING)) as fault:
+        assert _run_shared(device).wait(30.0) == 3, "a missing library is no error"
+        record = fault.record()
+    assert (record.faults_fired, record.provenance) == (1, Provenance.MISSING), f"{record}"
+
+
+def _run_shared(device: Backend) -> subprocess.Popen[bytes]:
+    """Run the model once in a process of its own; it ends with 3 when the runtime raises an error that is not OOM."""
+    share = device.share()
+    program = f"""
+import numpy as np, backends
+from backends.errors import ErrorKind, classify
+from backends.faults.limits import declare_expendable
+from backends.model import DEFAULT_MODEL
+declare_expendable()
+model = backends.rebuild({dict(share.data)!r}).load(DEFAULT_MODEL)
+try:
+    model.run(np.zeros((1, model.window_frames, 80), np.float32))
+except Exception as error:
+    raise SystemExit(3 if classify(error) is ErrorKind.OTHER else 4)
+"""
+    return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, pass_fds=share.descriptors)
+
+
 PROOFS: dict[Capability, Callable[[Backend, InChild], None]] = {
     Capability.MEMORY_LIMIT: _prove_memory_limit,
     Capability.RELEASE_CACHED: _prove_release_cached,
@@ -305,6 +348,7 @@ PROOFS: dict[Capability, Callable[[Backend, InChild], None]] = {
     Capability.HOST_OOM: _prove_host_oom,
     Capability.FALLBACK: _prove_fallback,
     Capability.DEVICE_ERROR: _prove_device_error,
+    Capability.RUNTIME_CRASH: _prove_runtime_crash,
     Capability.DEVICE_MEMORY_OF_OTHERS: _prove_device_memory_of_others,
 }
 

@@ -33,7 +33,13 @@ def test_an_option_like_no_other_is_refused_with_all_names() -> None:
     assert not missing, f"the message leaves out {missing}"
 
 
-NUMBERS = [field.name for field in dataclasses.fields(Policy) if field.name != "rungs"]
+NUMBERS = [field.name for field in dataclasses.fields(Policy) if field.name not in ("rungs", "engine", "standby")]
+
+
+@pytest.mark.parametrize(("name", "value"), [("engine", "thread"), ("engine", 1), ("standby", 1), ("standby", "no")])
+def test_a_choice_that_does_not_exist_is_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(PolicyError, match=f"{name} is .*: expected"):
+        Policy.from_options({name: value})
 
 
 @pytest.mark.parametrize("name", NUMBERS)

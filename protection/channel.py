@@ -1,0 +1,151 @@
+"""Messages between a host and its worker: framed, numbered, checked, and never waited for without end.
+
+A frame is a header (magic, kind, number, two lengths, CRC-32), then JSON, then raw bytes: audio features one way,
+scores the other. A frame that is cut off, garbled or out of order ends the conversation: the worker is replaced, not
+believed.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import select
+import socket
+import struct
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_HEADER = struct.Struct("<4sBxxxIIQI")
+_MAGIC = b"PLM1"
+_META_MOST_BYTES = 1 << 20
+_BODY_MOST_BYTES = 1 << 30
+_BUFFER_BYTES = 1 << 20
+
+
+class Kind(enum.IntEnum):
+    """What a frame is."""
+
+    REQUEST = 1
+    ANSWER = 2
+    FAILURE = 3
+    #: The worker lives, and is at work on the request.
+    BEAT = 4
+
+
+class TornMessage(Exception):
+    """A frame was cut off, garbled, or is not the one that was due. The message says which."""
+
+
+class Ended(Exception):
+    """The other side is gone: its end of the connection is closed, between two frames."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One message; ``number`` is that of the request it belongs to."""
+
+    kind: Kind
+    number: int
+    meta: Mapping[str, Any]
+    body: bytearray
+
+
+#: What a frame carries besides; of a NumPy array it is its ``data``.
+Body = bytes | bytearray | memoryview
+
+#: Waits until the socket can be read (or, with True, written); raises what ends the waiting.
+Wait = Callable[[socket.socket, bool], None]
+
+
+class Channel:
+    """One end of a socket pair."""
+
+    def __init__(self, end: socket.socket) -> None:
+        """Take over a connected stream socket."""
+        end.setblocking(False)
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            end.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+        self.socket = end
+
+    def send(self, kind: Kind, number: int, meta: Mapping[str, Any], body: Body, wait: Wait) -> None:
+        """Write one frame. Raises Ended when nobody can read it any more, and what ``wait`` raises."""
+        text = json.dumps(meta).encode()
+        data = memoryview(body).cast("B")
+        crc = zlib.crc32(data, zlib.crc32(text))
+        head = _HEADER.pack(_MAGIC, kind, number, len(text), len(data), crc) + text
+        for part in (memoryview(head), data):
+            rest = part
+            while rest:
+                try:
+                    rest = rest[self.socket.send(rest) :]
+                except BlockingIOError:
+                    wait(self.socket, True)
+                except (BrokenPipeError, ConnectionResetError) as error:
+                    raise Ended(str(error)) from error
+
+    def receive(self, wait: Wait) -> Frame:
+        """Read one frame. Raises Ended between two frames, TornMessage inside one, and what ``wait`` raises."""
+        head = self._exactly(_HEADER.size, wait, begins=True)
+        magic, kind, number, meta_bytes, body_bytes, crc = _HEADER.unpack(head)
+        if magic != _MAGIC or meta_bytes > _META_MOST_BYTES or body_bytes > _BODY_MOST_BYTES:
+            raise TornMessage(f"a message begins with {bytes(head[:8]).hex()}, lengths {meta_bytes} and {body_bytes}")
+        text = self._exactly(meta_bytes, wait)
+        body = self._exactly(body_bytes, wait)
+        if zlib.crc32(body, zlib.crc32(text)) != crc:
+            raise TornMessage(f"message {number} of {meta_bytes + body_bytes} bytes does not match its checksum")
+        try:
+            return Frame(Kind(kind), number, json.loads(text), body)
+        except ValueError as error:
+            raise TornMessage(f"message {number} cannot be read: {error}") from error
+
+    def _exactly(self, size: int, wait: Wait, *, begins: bool = False) -> bytearray:
+        data = bytearray(size)
+        view = memoryview(data)
+        got = 0
+        while got < size:
+            try:
+                count = self.socket.recv_into(view[got:])
+            except BlockingIOError:
+                wait(self.socket, False)
+                continue
+            except ConnectionResetError:
+                count = 0
+            if not count:
+                if begins and not got:
+                    raise Ended("the connection was closed")
+                raise TornMessage(f"a message was cut off: {got} of {size} bytes came")
+            got += count
+        return data
+
+    def close(self) -> None:
+        """Close this end. A second call does nothing."""
+        self.socket.close()
+
+
+class AwakeClock:
+    """Seconds that this process was awake: while it is stopped or the machine sleeps, no deadline runs down."""
+
+    #: A longer step is taken for a stop. Whoever waits looks at the clock more often.
+    STEP_S = 0.25
+
+    def __init__(self) -> None:
+        """Start at zero."""
+        self._last_s = time.monotonic()
+        self._awake_s = 0.0
+
+    def read_s(self) -> float:
+        """Give the seconds so far."""
+        now_s = time.monotonic()
+        self._awake_s += min(now_s - self._last_s, 2 * self.STEP_S)
+        self._last_s = now_s
+        return self._awake_s
+
+
+def until(end: socket.socket, write: bool, timeout_s: float) -> bool:
+    """Wait until a socket can be read or written; say whether it can within ``timeout_s``."""
+    poll = select.poll()
+    poll.register(end, select.POLLOUT if write else select.POLLIN)
+    return bool(poll.poll(timeout_s * 1e3))

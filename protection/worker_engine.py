@@ -1,0 +1,616 @@
+"""Inference in a worker process: the host survives whatever kills the runtime.
+
+One worker has the device, another, started when it is needed, the fallback; that one cannot see an accelerator. A
+worker that dies, hangs or breaks the protocol is ended, and whoever asked gets WorkerLost: the ladder decides what
+follows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backends import contract
+from backends.contract import Allocation, Backend, BackendError, FloatArray, Health, MemoryReading, Share
+from backends.errors import ErrorKind, RuntimeFailure
+from backends.model import N_MELS, ModelSpec
+from protection.channel import AwakeClock, Channel, Ended, Frame, Kind, TornMessage, until
+from protection.engine import EngineError
+from protection.worker import EXIT_HOST_SILENT, boot
+
+#: A process with these finds no accelerator: the fallback cannot touch the failed device.
+NO_ACCELERATOR = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "ROCR_VISIBLE_DEVICES": ""}
+_STDERR_MOST_BYTES = 1 << 20
+_STDERR_SHOWN_BYTES = 500
+_SIDE_S = 2.0
+_BLOCKING_SIDE_S = 30.0
+_END_S = 0.5
+
+
+class WorkerLost(RuntimeFailure):
+    """The worker died, hung or broke the protocol, and was ended. ``cause`` is one of those three."""
+
+    def __init__(self, cause: str, text: str) -> None:
+        super().__init__(ErrorKind.PROCESS_LOST, text)
+        self.cause = cause
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """How long a worker is waited for, in seconds that this process was awake."""
+
+    start_s: float = 30.0
+    infer_s: float = 10.0
+    #: While it is at work a sign of life comes five times as often as this.
+    heartbeat_s: float = 5.0
+    #: A worker ends itself when its host does not read for so long.
+    host_patience_s: float = 60.0
+
+
+class _Impatient(Exception):
+    """A deadline ran down while a worker was waited for."""
+
+
+class Worker:
+    """One worker process, from its host's side. One thread at a time asks for work, any about the device."""
+
+    def __init__(
+        self,
+        launcher: ThreadPoolExecutor,
+        share: Share,
+        model: Path,
+        deadlines: Deadlines,
+        *,
+        load: bool,
+        hides_accelerator: bool,
+    ) -> None:
+        """Start the process, and have it ``load`` the model at once; ``ready`` waits for it."""
+        self._deadlines = deadlines
+        self._work, self._side, self._stderr, self._process = launcher.submit(
+            _launch, share.descriptors, NO_ACCELERATOR if hides_accelerator else {}
+        ).result()
+        self._numbers = itertools.count(1)
+        self._side_numbers = itertools.count(1)
+        self._side_lock = threading.Lock()
+        self._ended = threading.Lock()
+        self._reaped = False
+        self._cancelled = False
+        #: Number of the first request, until its answer is there.
+        self._starting = 0
+        self.loaded: Mapping[str, Any] = {}
+        meta = {
+            "share": dict(share.data),
+            "model": str(model),
+            "load": load,
+            "beat_s": deadlines.heartbeat_s / 5,
+            "host_patience_s": deadlines.host_patience_s,
+        }
+        self._starting = self._send("start", meta, b"", _Patience(self, deadlines.start_s, deadlines.heartbeat_s))
+
+    @property
+    def process_id(self) -> int:
+        """The process id."""
+        return int(self._process.pid)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs, or is stopped."""
+        return not self._reaped and self._process.poll() is None
+
+    def ready(self) -> Mapping[str, Any]:
+        """Wait until the first request is answered; give the answer. Raises WorkerLost, or what failed there."""
+        if self._starting:
+            number, self._starting = self._starting, 0
+            # A process that starts on a busy machine gives no sign of life before it has imported its libraries.
+            patience = _Patience(self, self._deadlines.start_s, self._deadlines.start_s)
+            self.loaded = self._receive(number, patience).meta
+        return self.loaded
+
+    def load(self) -> None:
+        """Have it load the model. Raises as ``work`` does."""
+        self.loaded = self.work("load", self._deadlines.start_s, silence_s=self._deadlines.start_s).meta
+
+    def work(
+        self,
+        do: str,
+        deadline_s: float,
+        meta: Mapping[str, Any] | None = None,
+        body: Any = b"",
+        *,
+        silence_s: float | None = None,
+    ) -> Frame:
+        """Ask for one piece of work. Raises WorkerLost, or what failed there, as RuntimeFailure or BackendError.
+
+        ``silence_s`` is for work that may hold the interpreter: loading a model.
+        """
+        self.ready()
+        patience = _Patience(self, deadline_s, silence_s or self._deadlines.heartbeat_s)
+        return self._receive(self._send(do, meta or {}, body, patience), patience)
+
+    def _send(self, do: str, meta: Mapping[str, Any], body: Any, patience: _Patience) -> int:
+        number = next(self._numbers)
+        try:
+            self._work.send(Kind.REQUEST, number, {"do": do, **meta}, body, patience)
+        except (Ended, OSError):
+            raise self._lost("died", "") from None
+        except _Impatient as why:
+            raise self._lost("hung", str(why)) from None
+        return number
+
+    def _receive(self, number: int, patience: _Patience) -> Frame:
+        try:
+            while True:
+                frame = self._work.receive(patience)
+                patience.heard()
+                if frame.kind is Kind.BEAT:
+                    continue
+                if frame.number != number:
+                    raise TornMessage(
+                        f"an answer to request {frame.number} came, {number} was asked: it answered twice"
+                    )
+                break
+        except (Ended, OSError):
+            raise self._lost("died", "") from None
+        except TornMessage as why:
+            # A process that was killed while it wrote leaves half a message: that is a death.
+            cause = "died" if not self._outlives(0.2) else "broke the protocol"
+            raise self._lost(cause, str(why)) from None
+        except _Impatient as why:
+            raise self._lost("hung", str(why)) from None
+        return _checked(frame)
+
+    def _outlives(self, timeout_s: float) -> bool:
+        try:
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return True
+        return False
+
+    def side(self, do: str, timeout_s: float = _SIDE_S, **meta: Any) -> tuple[int, Mapping[str, Any]]:
+        """Ask about the device, beside the work; give the number of the question and the answer.
+
+        Raises TimeoutError, ConnectionError when the worker is gone, or what failed there.
+        """
+        deadline_s = time.monotonic() + timeout_s
+
+        def wait(end: socket.socket, write: bool) -> None:
+            if not until(end, write, max(0.0, deadline_s - time.monotonic())):
+                raise TimeoutError(f"worker {self.process_id} gave no answer to {do!r} within {timeout_s} s")
+
+        with self._side_lock:
+            if self._reaped:
+                raise ConnectionError(f"worker {self.process_id} is gone")
+            self._shorten_stderr()
+            number = next(self._side_numbers)
+            try:
+                self._side.send(Kind.REQUEST, number, {"do": do, **meta}, b"", wait)
+                while (frame := self._side.receive(wait)).number != number:
+                    # The answer to a question that was given up.
+                    pass
+            except (Ended, TornMessage, OSError) as error:
+                if isinstance(error, TimeoutError):
+                    raise
+                raise ConnectionError(f"worker {self.process_id} is gone: {error}") from None
+            return number, _checked(frame).meta
+
+    def cancel(self) -> None:
+        """Kill it from another thread: whoever waits for it gets WorkerLost."""
+        self._cancelled = True
+        with self._ended:
+            if not self._reaped:
+                self._process.kill()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it was cancelled."""
+        return self._cancelled
+
+    def end(self) -> None:
+        """End it, in order if it answers at once. A second call does nothing."""
+        with self._ended:
+            if self._reaped:
+                return
+            self._reaped = True
+        if self._process.poll() is None:
+            with contextlib.suppress(Exception):
+                self._work.send(Kind.REQUEST, next(self._numbers), {"do": "end"}, b"", _refuse)
+            if self._outlives(_END_S):
+                self._process.kill()
+        self._process.wait()
+        self._close()
+
+    def _lost(self, cause: str, why: str) -> WorkerLost:
+        """End what is left of it, and say how it ended."""
+        died = cause == "died" and not self._outlives(1.0)
+        with self._ended:
+            first = not self._reaped
+            self._reaped = True
+        if first:
+            self._process.kill()
+            self._process.wait()
+        text = f"worker {self.process_id} " + (_how(self._process.returncode) if died else f"{cause}: {why}")
+        said = self._said() if first else ""
+        if first:
+            self._close()
+        return WorkerLost(cause, text + (f"; it said: {said}" if said else ""))
+
+    def _close(self) -> None:
+        self._work.close()
+        with self._side_lock:
+            self._side.close()
+        os.close(self._stderr)
+
+    def _said(self) -> str:
+        size = os.fstat(self._stderr).st_size
+        tail = os.pread(self._stderr, _STDERR_SHOWN_BYTES, max(0, size - _STDERR_SHOWN_BYTES))
+        return " ".join(tail.decode(errors="replace").split())
+
+    def _shorten_stderr(self) -> None:
+        if os.fstat(self._stderr).st_size > _STDERR_MOST_BYTES:
+            os.ftruncate(self._stderr, 0)
+
+
+class _Patience:
+    """Waits for a worker's socket until a deadline, or until no sign of life came for too long."""
+
+    def __init__(self, worker: Worker, deadline_s: float, silence_s: float) -> None:
+        self._worker, self._deadline_s, self._silence_s = worker, deadline_s, silence_s
+        self._clock = AwakeClock()
+        self._heard_s = 0.0
+
+    def heard(self) -> None:
+        self._heard_s = self._clock.read_s()
+
+    def __call__(self, end: socket.socket, write: bool) -> None:
+        while not until(end, write, AwakeClock.STEP_S):
+            now_s = self._clock.read_s()
+            if now_s > self._deadline_s:
+                raise _Impatient(f"no answer within {self._deadline_s:g} s")
+            if now_s - self._heard_s > self._silence_s:
+                raise _Impatient(f"no sign of life for {self._silence_s:g} s")
+            if self._worker.cancelled:
+                raise _Impatient("it was not waited for any longer")
+
+
+def _refuse(end: socket.socket, write: bool) -> None:
+    raise TimeoutError("it does not read")
+
+
+def _launch(descriptors: tuple[int, ...], hidden: Mapping[str, str]) -> tuple[Channel, Channel, int, Any]:
+    """Start the process. On the launcher's thread: the kernel ends a worker with the thread that started it."""
+    work, workers_work = socket.socketpair()
+    side, workers_side = socket.socketpair()
+    # Without a name: nothing is left of it, whoever is killed.
+    stderr = os.memfd_create("plimsoll-worker-stderr")
+    try:
+        with Path(f"/proc/self/fd/{stderr}").open("ab") as append:
+            process = subprocess.Popen(
+                [sys.executable, *boot(os.getpid(), workers_work.fileno(), workers_side.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=append,
+                stderr=append,
+                pass_fds=(workers_work.fileno(), workers_side.fileno(), *descriptors),
+                env={**os.environ, **hidden},
+                # Ctrl-C is the host's to handle.
+                start_new_session=True,
+            )
+    except BaseException:
+        os.close(stderr)
+        for end in (work, side):
+            end.close()
+        raise
+    finally:
+        workers_work.close()
+        workers_side.close()
+    return Channel(work), Channel(side), stderr, process
+
+
+def _checked(frame: Frame) -> Frame:
+    """Raise what failed in the worker."""
+    if frame.kind is not Kind.FAILURE:
+        return frame
+    meta = frame.meta
+    if meta["refused"]:
+        refusal = getattr(contract, meta["error"], BackendError)
+        raise refusal(meta["text"])
+    raise RuntimeFailure(ErrorKind(meta["kind"]), f"{meta['error']}: {meta['text']}")
+
+
+def _how(status: int) -> str:
+    """Say how a process ended."""
+    if status >= 0:
+        silent = " (it could not write: its host did not read)" if status == EXIT_HOST_SILENT else ""
+        return f"ended with status {status}{silent}"
+    with contextlib.suppress(ValueError):
+        return f"was killed by {signal.Signals(-status).name}"
+    return f"was killed by signal {-status}"
+
+
+class _Remote(Allocation):
+    """Memory that a worker holds."""
+
+    def __init__(self, worker: Worker, number: int, size_bytes: int) -> None:
+        self._worker: Worker | None = worker
+        self._number = number
+        self.size_bytes = size_bytes
+
+    def free(self) -> None:
+        worker, self._worker = self._worker, None
+        if worker is not None and worker.alive:
+            # What a worker held that is gone now is free.
+            with contextlib.suppress(ConnectionError):
+                worker.side("free", _BLOCKING_SIDE_S, number=self._number)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.free()
+
+
+class _DeviceElsewhere:
+    """The device of an engine's worker, for whoever has the backend in this process."""
+
+    def __init__(self, engine: WorkerEngine) -> None:
+        self._engine = engine
+        self._last: MemoryReading | None = None
+
+    def _worker(self) -> Worker:
+        worker = self._engine._device
+        if worker is None:
+            raise BackendError("no process has the device now: the next inference starts one")
+        return worker
+
+    def memory(self) -> MemoryReading:
+        if self._engine._device is None and self._last is not None:
+            return replace(self._last, used_bytes=0, reserved_bytes=0, source="no process has the device now")
+        self._last = MemoryReading(**self._worker().side("memory")[1])
+        return self._last
+
+    def allocate(self, size_bytes: int) -> Allocation:
+        worker = self._worker()
+        number, _ = worker.side("allocate", _BLOCKING_SIDE_S, size_bytes=size_bytes)
+        return _Remote(worker, number, size_bytes)
+
+    def release_cached(self) -> int:
+        return int(self._worker().side("release", _BLOCKING_SIDE_S)[1]["released"])
+
+    def healthy(self) -> Health:
+        try:
+            return Health(**self._worker().side("healthy", _BLOCKING_SIDE_S)[1])
+        except (OSError, BackendError, RuntimeFailure) as error:
+            return Health(False, f"{type(error).__name__}: {error}", float("inf"), 0.0)
+
+
+class WorkerEngine:
+    """Inference in a worker process, with another for the fallback."""
+
+    can_restart = True
+
+    def __init__(
+        self,
+        backend: Backend,
+        model_path: Path,
+        *,
+        owns_backend: bool = False,
+        deadlines: Deadlines | None = None,
+        standby: bool = False,
+    ) -> None:
+        """Start a worker and load the model on its device, or where that has no memory on the fallback.
+
+        With ``standby`` the fallback's worker is started and loaded now, and kept: it costs memory, and the fallback is
+        immediate. Raises ModelError, or what the runtime raised when neither has memory, as RuntimeFailure.
+        """
+        self._backend, self._owns_backend = backend, owns_backend
+        self._path = model_path.resolve()
+        self._deadlines = deadlines or Deadlines()
+        self._standby = standby
+        # The kernel ends workers with the thread that started them. So it is none that ends before the engine.
+        self._launcher = ThreadPoolExecutor(1, "plimsoll-launcher")
+        self._device: Worker | None = None
+        self._fallback: Worker | None = None
+        self._elsewhere = _DeviceElsewhere(self)
+        self._degraded = False
+        self._closed = False
+        self._names = backend.device, ""
+        self.lost = False
+        try:
+            self._begin()
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self) -> None:
+        try:
+            self._start_device()
+        except RuntimeFailure as error:
+            if not error.kind.is_oom:
+                raise
+            full = True
+        else:
+            full = False
+        if full:
+            self.fall_back()
+        elif self._standby:
+            self._start_fallback()
+        loaded = (self._fallback if self._degraded else self._device) or self._device
+        assert loaded is not None
+        self.spec = ModelSpec(
+            context_frames=loaded.loaded["context_frames"], chunk_frames=loaded.loaded["chunk_frames"]
+        )
+
+    # Workers.
+
+    def _start_device(self, *, load: bool = True) -> Worker:
+        """Start the device's worker, and have the backend's memory there. Raises what its start raises."""
+        if self._closed:
+            raise EngineError("the engine was closed")
+        worker = Worker(
+            self._launcher, self._backend.share(), self._path, self._deadlines, load=False, hides_accelerator=False
+        )
+        self._device = worker
+        try:
+            worker.ready()
+        except BaseException:
+            self._drop(worker)
+            raise
+        # What was held on the device before is held again.
+        self._backend.hand_over(self._elsewhere)
+        if load:
+            worker.load()
+        return worker
+
+    def _start_fallback(self) -> Worker:
+        """Start the fallback's worker; it loads meanwhile."""
+        if self._closed:
+            raise EngineError("the engine was closed")
+        fallback = self._backend.fallback()
+        self._names = self._names[0], fallback.device
+        self._fallback = Worker(
+            self._launcher, fallback.share(), self._path, self._deadlines, load=True, hides_accelerator=True
+        )
+        fallback.close()
+        return self._fallback
+
+    def _drop(self, worker: Worker | None) -> None:
+        """End a worker, and forget it."""
+        if worker is None:
+            return
+        if worker is self._device:
+            self._device = None
+        if worker is self._fallback:
+            self._fallback = None
+        worker.end()
+
+    # What the pipeline asks.
+
+    @property
+    def device(self) -> str:
+        """Where the next result would be made."""
+        return self._names[1] if self._degraded else self._names[0]
+
+    @property
+    def degraded(self) -> bool:
+        """Whether the fallback is in use."""
+        return self._degraded
+
+    def infer(self, features: FloatArray) -> FloatArray:
+        """Run the model in the worker; start one first where there is none."""
+        if self._closed:
+            raise EngineError("the engine was closed")
+        features = np.ascontiguousarray(features, np.float32)
+        worker = self._fallback if self._degraded else self._device
+        try:
+            if worker is None:
+                worker = self._start_fallback() if self._degraded else self._start_device()
+            answer = worker.work("infer", self._deadlines.infer_s, {"shape": features.shape}, features.data)
+        except RuntimeFailure as error:
+            if error.kind in (ErrorKind.PROCESS_LOST, ErrorKind.DEVICE_STICKY):
+                # After a sticky error every later call in that process fails: it is as good as dead.
+                self._drop(self._fallback if self._degraded else self._device)
+                self.lost = True
+            raise
+        self.lost = False
+        return np.frombuffer(answer.body, np.float32).reshape(answer.meta["shape"])
+
+    def release_cached(self) -> None:
+        """Give cached memory back in the worker that is in use."""
+        worker = self._fallback if self._degraded else self._device
+        if worker is not None and worker.alive:
+            worker.side("release", _BLOCKING_SIDE_S)
+
+    def restart(self) -> None:
+        """Replace the worker that is in use. Raises WorkerLost, or what its start raises."""
+        if self._degraded:
+            self._drop(self._fallback)
+            self._start_fallback().ready()
+        else:
+            self._drop(self._device)
+            self._start_device()
+        self.lost = False
+
+    def fall_back(self) -> None:
+        """Unload the device's model and load the fallback's, in a process that sees no accelerator."""
+        device = self._device
+        if device is not None:
+            try:
+                # Free the device first: host memory may be short, and on some devices it is the same memory.
+                device.work("unload", self._deadlines.infer_s)
+            except RuntimeFailure:
+                self._drop(device)
+        if self._fallback is not None and not self._fallback.alive:
+            self._drop(self._fallback)
+        fallback = self._fallback or self._start_fallback()
+        try:
+            fallback.ready()
+        except BaseException:
+            self._drop(fallback)
+            raise
+        # Only now: until it is loaded nothing has moved.
+        self._degraded, self.lost = True, False
+
+    def return_to_device(self) -> bool:
+        """Probe, load and run once on the device before the fallback is given up. Raises what either raises."""
+        if self._closed or not self._degraded:
+            return False
+        device, start_s = self._device, self._deadlines.start_s
+        try:
+            if device is None or not device.alive:
+                self._drop(device)
+                device = self._start_device(load=False)
+            tried = device.work("try", start_s, {"mels": N_MELS}, silence_s=start_s).meta
+        except RuntimeFailure as error:
+            if error.kind in (ErrorKind.PROCESS_LOST, ErrorKind.DEVICE_STICKY):
+                self._drop(self._device)
+            raise
+        if not tried["ok"]:
+            return False
+        self._degraded, self.lost = False, False
+        if not self._standby:
+            self._drop(self._fallback)
+        return True
+
+    def unload(self) -> None:
+        """End the workers, until the next inference: their memory really comes back."""
+        self._drop(self._fallback)
+        self._drop(self._device)
+        self.lost = False
+
+    def device_memory(self) -> MemoryReading:
+        """Read the device's memory; where no process has the device now, what the backend says without one."""
+        return self._backend.memory()
+
+    def process_ids(self) -> Sequence[int]:
+        """This process, and the workers that run."""
+        workers = [self._device, self._fallback]
+        return [os.getpid(), *(worker.process_id for worker in workers if worker is not None and worker.alive)]
+
+    def cancel(self) -> None:
+        """Have whoever waits for a worker wait no longer."""
+        for worker in (self._device, self._fallback):
+            if worker is not None:
+                worker.cancel()
+
+    def close(self) -> None:
+        """End the workers, for good. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        self._drop(self._fallback)
+        self._drop(self._device)
+        self._backend.take_back(self._elsewhere)
+        self._launcher.shutdown()
+        if self._owns_backend:
+            self._backend.close()

@@ -5,6 +5,7 @@ The default is a worker process: ``protection.worker_engine``.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +50,9 @@ class Engine(Protocol):
 
     def release_cached(self) -> None:
         """Give cached memory back."""
+
+    def collect(self) -> int:
+        """Collect unreachable objects wherever they may hold memory; give their number."""
 
     def restart(self) -> None:
         """Replace the place where inference happens."""
@@ -125,6 +129,10 @@ class InProcessEngine:
     def release_cached(self) -> None:
         """Shrink the runtime's arena."""
         (self._fallback or self._backend).release_cached()
+
+    def collect(self) -> int:
+        """Collect unreachable objects in this process."""
+        return gc.collect()
 
     def restart(self) -> None:
         """Not possible here."""

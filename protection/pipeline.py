@@ -6,7 +6,6 @@ recording goes on whatever the device does.
 
 from __future__ import annotations
 
-import gc
 import logging
 import threading
 import time
@@ -555,7 +554,7 @@ class DictationPipeline:
         return "cached memory was given back"
 
     def _collect(self) -> str:
-        found = gc.collect()
+        found = self._engine.collect()
         self._engine.release_cached()
         return f"{found} unreachable objects were collected"
 

@@ -7,6 +7,7 @@ reading.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -205,6 +206,8 @@ class _Worker:
                 return {}, b""
             case "release":
                 return {"released": backend.release_cached()}, b""
+            case "collect":
+                return {"found": gc.collect()}, b""
             case "healthy":
                 return asdict(backend.healthy()), b""
             case other:

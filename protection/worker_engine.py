@@ -8,6 +8,7 @@ follows.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import os
 import signal
@@ -530,6 +531,14 @@ class WorkerEngine:
         worker = self._fallback if self._degraded else self._device
         if worker is not None and worker.alive:
             worker.side("release", _BLOCKING_SIDE_S)
+
+    def collect(self) -> int:
+        """Collect unreachable objects in this process, and in the worker that is in use."""
+        found = gc.collect()
+        worker = self._fallback if self._degraded else self._device
+        if worker is not None and worker.alive:
+            found += int(worker.side("collect", _BLOCKING_SIDE_S)[1]["found"])
+        return found
 
     def restart(self) -> None:
         """Replace the worker that is in use. Raises WorkerLost, or what its start raises."""

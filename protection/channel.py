@@ -80,7 +80,8 @@ class Channel:
             rest = part
             while rest:
                 try:
-                    rest = rest[self.socket.send(rest) :]
+                    # Without a signal: an embedder's own choice for SIGPIPE may be to die of it.
+                    rest = rest[self.socket.send(rest, socket.MSG_NOSIGNAL) :]
                 except BlockingIOError:
                     wait(self.socket, True)
                 except (BrokenPipeError, ConnectionResetError) as error:

@@ -73,7 +73,9 @@ class Channel:
     def send(self, kind: Kind, number: int, meta: Mapping[str, Any], body: Body, wait: Wait) -> None:
         """Write one frame. Raises Ended when nobody can read it any more, and what ``wait`` raises."""
         text = json.dumps(meta).encode()
-        data = memoryview(body).cast("B")
+        view = memoryview(body)
+        # What has no bytes cannot be cast.
+        data = view.cast("B") if view.nbytes else memoryview(b"")
         crc = zlib.crc32(data, zlib.crc32(text))
         head = _HEADER.pack(_MAGIC, kind, number, len(text), len(data), crc) + text
         for part in (memoryview(head), data):

@@ -100,7 +100,10 @@ class Channel:
         if zlib.crc32(body, zlib.crc32(text)) != crc:
             raise TornMessage(f"message {number} of {meta_bytes + body_bytes} bytes does not match its checksum")
         try:
-            return Frame(Kind(kind), number, json.loads(text), body)
+            meta = json.loads(text)
+            if not isinstance(meta, dict):
+                raise ValueError(f"it says {type(meta).__name__}: expected an object")
+            return Frame(Kind(kind), number, meta, body)
         except ValueError as error:
             raise TornMessage(f"message {number} cannot be read: {error}") from error
 

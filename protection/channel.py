@@ -1,8 +1,8 @@
 """Messages between a host and its worker: framed, numbered, checked, and never waited for without end.
 
-A frame is a header (magic, kind, number, two lengths, CRC-32), then JSON, then raw bytes: audio features one way,
-scores the other. A frame that is cut off, garbled or out of order ends the conversation: the worker is replaced, not
-believed.
+A frame is a header (magic, kind, number, two lengths, a CRC-32 of what follows and one of itself), then JSON, then raw
+bytes: audio features one way, scores the other. A frame that is cut off, garbled or out of order ends the conversation:
+the worker is replaced, not believed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_HEADER = struct.Struct("<4sBxxxIIQI")
+_FIELDS = struct.Struct("<4sBxxxIIQI")
+_CHECK = struct.Struct("<I")
+_HEAD_BYTES = _FIELDS.size + _CHECK.size
 _MAGIC = b"PLM1"
 _META_MOST_BYTES = 1 << 20
 _BODY_MOST_BYTES = 1 << 30
@@ -76,8 +78,7 @@ class Channel:
         view = memoryview(body)
         # What has no bytes cannot be cast.
         data = view.cast("B") if view.nbytes else memoryview(b"")
-        crc = zlib.crc32(data, zlib.crc32(text))
-        head = _HEADER.pack(_MAGIC, kind, number, len(text), len(data), crc) + text
+        head = _head(kind, number, len(text), len(data), zlib.crc32(data, zlib.crc32(text))) + text
         for part in (memoryview(head), data):
             rest = part
             while rest:
@@ -91,9 +92,11 @@ class Channel:
 
     def receive(self, wait: Wait) -> Frame:
         """Read one frame. Raises Ended between two frames, TornMessage inside one, and what ``wait`` raises."""
-        head = self._exactly(_HEADER.size, wait, begins=True)
-        magic, kind, number, meta_bytes, body_bytes, crc = _HEADER.unpack(head)
-        if magic != _MAGIC or meta_bytes > _META_MOST_BYTES or body_bytes > _BODY_MOST_BYTES:
+        head = self._exactly(_HEAD_BYTES, wait, begins=True)
+        magic, kind, number, meta_bytes, body_bytes, crc = _FIELDS.unpack_from(head)
+        # The lengths are believed only once the header was checked: memory is taken for them.
+        sound = magic == _MAGIC and _CHECK.unpack_from(head, _FIELDS.size)[0] == zlib.crc32(head[: _FIELDS.size])
+        if not sound or meta_bytes > _META_MOST_BYTES or body_bytes > _BODY_MOST_BYTES:
             raise TornMessage(f"a message begins with {bytes(head[:8]).hex()}, lengths {meta_bytes} and {body_bytes}")
         text = self._exactly(meta_bytes, wait)
         body = self._exactly(body_bytes, wait)
@@ -129,6 +132,11 @@ class Channel:
     def close(self) -> None:
         """Close this end. A second call does nothing."""
         self.socket.close()
+
+
+def _head(kind: int, number: int, meta_bytes: int, body_bytes: int, crc: int) -> bytes:
+    fields = _FIELDS.pack(_MAGIC, kind, number, meta_bytes, body_bytes, crc)
+    return fields + _CHECK.pack(zlib.crc32(fields))
 
 
 class AwakeClock:

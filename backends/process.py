@@ -32,10 +32,11 @@ def suppress_core_dumps() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def begin_as_child(parent: int) -> None:
+def begin_as_child(parent: int, *, volunteers: bool = True) -> None:
     """Do all three; end at once when the parent ended before it could be watched."""
     die_with_parent()
     if os.getppid() != parent:
         os._exit(0)
-    volunteer_to_oom_killer()
+    if volunteers:
+        volunteer_to_oom_killer()
     suppress_core_dumps()

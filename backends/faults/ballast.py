@@ -2,9 +2,10 @@
 
 On a device it is made of the backend's own allocations. On the host it is a neighbour process,
 
-    python -m backends.faults.ballast SIZE_BYTES SECONDS
+    python -m backends.faults.ballast SIZE_BYTES SECONDS [CGROUP_PROCS]
 
-that touches its memory, volunteers to the OOM killer, and ends with its parent or at its time limit.
+that touches its memory, volunteers to the OOM killer, and ends with its parent or at its time limit. In a cgroup of our
+own it is there to have others killed, and does not volunteer.
 """
 
 from __future__ import annotations
@@ -65,8 +66,11 @@ def free(held: list[Allocation]) -> None:
 class HostBallast:
     """Real host memory in a neighbour process. As a context manager it is gone on the way out."""
 
-    def __init__(self, size_bytes: int, limit_s: float) -> None:
-        """Start the neighbour and wait until its memory is touched. Raises RuntimeError when it cannot hold it."""
+    def __init__(self, size_bytes: int, limit_s: float, cgroup_processes: Path | None = None) -> None:
+        """Start the neighbour and wait until its memory is touched. Raises RuntimeError when it cannot hold it.
+
+        ``cgroup_processes`` is the file by which it enters a cgroup before it takes memory.
+        """
         if size_bytes > spendable_bytes():
             raise RuntimeError(
                 f"a ballast of {size_bytes} bytes was asked for, but no more than {spendable_bytes()} may be held: "
@@ -74,7 +78,10 @@ class HostBallast:
             )
         self.size_bytes = size_bytes
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "backends.faults.ballast", str(size_bytes), str(limit_s)],
+            [
+                *(sys.executable, "-m", "backends.faults.ballast", str(size_bytes), str(limit_s)),
+                *([] if cgroup_processes is None else [str(cgroup_processes)]),
+            ],
             cwd=Path(__file__).parents[2],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -112,7 +119,9 @@ def main(argv: list[str]) -> int:
     """Hold SIZE_BYTES for at most SECONDS."""
     size_bytes, limit_s = int(argv[0]), float(argv[1])
     parent = os.getppid()
-    begin_as_child(parent)
+    begin_as_child(parent, volunteers=len(argv) < 3)
+    if len(argv) > 2:
+        Path(argv[2]).write_text(f"{os.getpid()}\n")
     signal.setitimer(signal.ITIMER_REAL, limit_s)
     held = bytearray(b"\xa5") * size_bytes
     print("held", flush=True)

@@ -3,9 +3,10 @@
     python -m qualification.host '{"subject": ..., "workdir": ..., ...}'
 
 It feeds the subject from the stream and writes a JSON line for each thing that happens: ``ready``, ``accepted``,
-``fault``, ``pressure``, ``shutdown``, ``refused``, ``done``. Exit statuses: 0 done; 70 the subject failed; 75 the
-subject shut itself down in an emergency: it refuses more audio, with what it had accepted kept (``EX_TEMPFAIL``: start
-it again on the same folder). It ends with the process that started it.
+``fault``, ``pressure``, ``shutdown``, ``refused``, ``unavailable``, ``done``. Exit statuses: 0 done; 69 the disk that
+the job asks for cannot be had here; 70 the subject failed; 75 the subject shut itself down in an emergency: it refuses
+more audio, with what it had accepted kept (``EX_TEMPFAIL``: start it again on the same folder). It ends with the
+process that started it.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from qualification.storage import Disk, StorageUnavailable
+
 EXIT_DONE = 0
+EXIT_UNAVAILABLE = 69
 EXIT_FAILED = 70
 EXIT_EMERGENCY = 75
 #: So long after it told of an emergency shutdown a subject may still take audio.
 REFUSAL_S = 5.0
+_RETRY_EVERY_S = 0.02
 _ROOT = Path(__file__).resolve().parents[1]
 MB = 1_000_000
 
@@ -51,6 +56,12 @@ class Job:
     faults: tuple[Mapping[str, Any], ...] = ()
     #: Then cap host memory at what is held plus this, and fill it step by step until the subject shuts down.
     starve_headroom_bytes: int = 0
+    #: A ``Disk``, as plain data, to mount for this process before anything else (None: none).
+    disk: Mapping[str, Any] | None = None
+    #: Feed a block that is refused again and again for so long, and then record no further (0: a refusal is a failure).
+    retry_s: float = 0.0
+    #: Once a refused block was accepted, feed so much more and end there.
+    samples_after_refusal: int = 0
     policy: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -62,16 +73,24 @@ def say(**what: Any) -> None:
 
 def main(argv: list[str]) -> int:
     """Run one job."""
+    parent = os.getppid()
+    job = Job(**json.loads(argv[0]))
+    if job.disk is not None:
+        try:
+            # First of all: NumPy starts threads when it is imported.
+            Disk(**job.disk).mount()
+        except StorageUnavailable as error:
+            say(unavailable=str(error))
+            return EXIT_UNAVAILABLE
+
     from backends.faults.limits import declare_expendable
     from backends.process import die_with_parent, volunteer_to_oom_killer
 
-    parent = os.getppid()
     die_with_parent()
     volunteer_to_oom_killer()
     declare_expendable()
     if os.getppid() != parent:
         return EXIT_FAILED
-    job = Job(**json.loads(argv[0]))
     try:
         return _run(job)
     except Exception as error:
@@ -107,18 +126,12 @@ def _run(job: Job) -> int:
     armed = [backend.arm(FaultPlan.from_json(plan)) for plan in job.faults]
     status = EXIT_DONE
     try:
-        stop = max(job.stop, accepted)
-        while accepted < stop:
-            accepted = subject.feed(accepted, stream[accepted : min(accepted + job.block_samples, stop)])
-            say(accepted=accepted)
-            if job.pause_s:
-                time.sleep(job.pause_s)
-        if job.starve_headroom_bytes:
+        accepted, whole = _record(job, subject, stream, accepted)
+        if whole and job.starve_headroom_bytes:
             accepted = _starve(job, subject, stream, accepted)
-        else:
+        elif whole:
             subject.drain(job.drain_s)
     except Exception as error:
-        # Shutting down in an emergency is what a subject may do; anything else is its failure.
         if not _in_emergency(subject):
             raise
         say(refused=f"{type(error).__name__}: {error}")
@@ -133,6 +146,34 @@ def _run(job: Job) -> int:
     backend.close()
     say(done=status)
     return status
+
+
+def _record(job: Job, subject: Any, stream: Any, accepted: int) -> tuple[int, bool]:
+    """Feed up to where the job ends; give the position that is accepted, and whether it is that one."""
+    stop = max(job.stop, accepted)
+    refused_s: float | None = None
+    while accepted < stop:
+        try:
+            accepted = subject.feed(accepted, stream[accepted : min(accepted + job.block_samples, stop)])
+        except Exception as error:
+            # An emergency is what a subject may shut down in; any other error is its failure, where none is expected.
+            emergency = _in_emergency(subject)
+            if not (emergency or job.retry_s):
+                raise
+            say(refused=f"{type(error).__name__}: {error}", at=accepted)
+            now_s = time.monotonic()
+            refused_s = now_s if refused_s is None else refused_s
+            if emergency or now_s - refused_s > job.retry_s:
+                return accepted, False
+            time.sleep(_RETRY_EVERY_S)
+            continue
+        say(accepted=accepted)
+        if refused_s is not None:
+            refused_s = None
+            stop = min(stop, accepted + job.samples_after_refusal)
+        if job.pause_s:
+            time.sleep(job.pause_s)
+    return accepted, True
 
 
 def _in_emergency(subject: Any) -> bool:
@@ -232,15 +273,20 @@ class Hosted:
                 self.lines += [json.loads(line) for line in whole]
         return True
 
-    def wait_for(self, key: str, timeout_s: float) -> Any:
-        """Wait for a line with this key and give its value. Raises TimeoutError or RuntimeError, with what it said."""
+    def wait_for(self, key: str, timeout_s: float, lines: int = 1) -> Any:
+        """Wait for so many lines with this key and give the last value.
+
+        Raises TimeoutError or RuntimeError, with what it said, and StorageUnavailable.
+        """
         deadline_s = time.monotonic() + timeout_s
         while True:
-            found = self.last(key)
-            if found is not None:
-                return found
+            found = self.all(key)
+            if len(found) >= lines:
+                return found[-1]
             more = self.read(0.05)
-            if not more and self.last(key) is None:
+            if not more and (reason := self.last("unavailable")) is not None:
+                raise StorageUnavailable(reason)
+            if not more and len(self.all(key)) < lines:
                 raise RuntimeError(f"the host process ended without {key!r}: {self.said()}")
             if time.monotonic() > deadline_s:
                 raise TimeoutError(f"the host process said no {key!r} within {timeout_s} s: {self.said()}")

@@ -10,12 +10,15 @@ import contextlib
 import fcntl
 import os
 import sqlite3
+import tempfile
 import threading
 import time
 import wave
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +28,9 @@ _SCHEMA_VERSION = 1
 _PAGE_BYTES = 4096
 #: Of a limited spool; answers take a tenth of what their audio takes.
 _AUDIO_SHARE = 0.85
+_WAV_MOST_SAMPLES = ((1 << 32) - 64) // 2
+#: Whoever asks who has a spool open holds its lock for a moment.
+_LOCK_PATIENCE_S = 0.2
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE blocks (
@@ -64,7 +70,242 @@ class Result:
     degraded: bool
 
 
-class Spool:
+def holder(folder: Path) -> int | None:
+    """Give the process that has the spool in this folder open, None where none has, 0 where it did not say."""
+    try:
+        lock_fd = os.open(folder / "spool.lock", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise SpoolError(f"the spool folder {folder} cannot be read ({error}): check its permissions") from error
+    try:
+        fcntl.flock(lock_fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _owner(lock_fd)
+    finally:
+        os.close(lock_fd)
+    return None
+
+
+def busy(folder: Path, owner: int) -> SpoolBusy:
+    """Say that this process has the spool in this folder open."""
+    return SpoolBusy(
+        f"another pipeline (process {owner or 'unknown'}) has the spool {folder / 'spool.db'} open: "
+        "close that one, or use another folder; two recordings never share a spool"
+    )
+
+
+def _owner(lock_fd: int) -> int:
+    text = os.pread(lock_fd, 32, 0).strip()
+    return int(text) if text.isdigit() else 0
+
+
+class SpoolView:
+    """A recording on disk, read only: also while another process records into it. It sees what is there when asked."""
+
+    def __init__(self, folder: Path) -> None:
+        """Look at the spool in the folder. Nothing is locked, and no spool is made. Raises SpoolError."""
+        self.path = folder / "spool.db"
+        self._lock = threading.RLock()
+        self._closed = False
+        if not self.path.is_file():
+            raise SpoolError(f"there is no spool in {folder}: expected {self.path}, which a recording makes")
+        self._db = self._connect("mode=ro")
+        try:
+            self._look()
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _connect(self, mode: str) -> sqlite3.Connection:
+        where = f"file:{quote(str(self.path.absolute()))}?{mode}"
+        return sqlite3.connect(where, uri=True, isolation_level=None, check_same_thread=False, timeout=5.0)
+
+    def _look(self) -> None:
+        with self._errors("open"):
+            try:
+                tables = self._tables()
+            except sqlite3.OperationalError as error:
+                log = self.path.with_name("spool.db-wal")
+                if error.sqlite_errorcode != sqlite3.SQLITE_CANTOPEN or log.exists():
+                    raise
+                # A folder that cannot be written, and all is in the one file: there is no other way to read it.
+                self._db.close()
+                self._db = self._connect("mode=ro&immutable=1")
+                tables = self._tables()
+        if not tables:
+            raise SpoolError(f"the spool {self.path} was never written to: there is no recording in it")
+        if "meta" not in tables:
+            raise SpoolError(f"{self.path} is the database of another program: use another folder")
+        self._require("schema_version", _SCHEMA_VERSION)
+
+    @property
+    def accepted(self) -> int:
+        """Samples durably accepted: [0, accepted)."""
+        return self._stored()[0]
+
+    @property
+    def answered(self) -> int:
+        """Samples answered: [0, answered)."""
+        return self._stored()[1]
+
+    @property
+    def set_aside(self) -> int:
+        """Chunks that were set aside: each has a declared failure for its answer."""
+        return self._scalar("SELECT COUNT(*) FROM results WHERE scores IS NULL")
+
+    @property
+    def sample_rate_hz(self) -> int:
+        """Samples in a second."""
+        return self._meta("sample_rate_hz")
+
+    @property
+    def kept_from(self) -> int:
+        """First sample that the retention rule has not deleted."""
+        return self._meta("kept_from")
+
+    def read(self, start: int, stop: int) -> FloatArray:
+        """Read samples [start, stop) as float32; positions before 0 are silence. Raises SpoolError for a gap."""
+        out = np.zeros(max(0, stop - start), np.float32)
+        first = max(start, 0)
+        if stop > first:
+            with self._lock, self._errors("read"):
+                # By the key alone: the time does not grow with the recording.
+                rows = self._db.execute(
+                    "SELECT start, stop, samples FROM blocks WHERE start < ? AND start >= "
+                    "COALESCE((SELECT MAX(start) FROM blocks WHERE start <= ?), 0) ORDER BY start",
+                    (stop, first),
+                ).fetchall()
+            # Asked after: another process may delete meanwhile.
+            if first < self.kept_from:
+                raise SpoolError(
+                    f"samples from {first} were asked for, but those before {self.kept_from} were deleted "
+                    "by the policy's retention_s after they were answered"
+                )
+            position = first
+            for block_start, block_stop, data in rows:
+                if not block_start <= position < block_stop or len(data) != 4 * (block_stop - block_start):
+                    break
+                samples = np.frombuffer(data, "<f4")
+                upto = min(block_stop, stop)
+                out[position - start : upto - start] = samples[position - block_start : upto - block_start]
+                position = upto
+            if position < stop:
+                raise SpoolError(f"the spool {self.path} has no samples [{position}, {stop}): it is damaged")
+        return out
+
+    def results(self) -> list[Result]:
+        """Read every result, by position."""
+        with self._lock, self._errors("read"):
+            rows = self._db.execute(
+                "SELECT start, stop, scores, vocabulary, device, degraded FROM results ORDER BY start"
+            ).fetchall()
+        return [
+            Result(
+                start,
+                stop,
+                None if scores is None else np.frombuffer(scores, "<f4").reshape(-1, vocabulary),
+                device,
+                bool(degraded),
+            )
+            for start, stop, scores, vocabulary, device, degraded in rows
+        ]
+
+    def export_wav(self, path: Path) -> int:
+        """Write what is kept as a 16-bit mono WAV, a minute at a time; return the number of samples written.
+
+        The file is there whole or not at all. Raises SpoolError when it cannot be written.
+        """
+        begin, stop, rate_hz = self.kept_from, self.accepted, self.sample_rate_hz
+        if stop - begin > _WAV_MOST_SAMPLES:
+            raise SpoolError(f"the recording has {stop - begin} samples: a WAV holds at most {_WAV_MOST_SAMPLES}")
+        path = path.resolve()
+        if path.exists() and not path.is_file():
+            raise SpoolError(f"{path} is not a file: name a WAV that can be replaced")
+        try:
+            with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+                try:
+                    with wave.open(file, "wb") as out:
+                        out.setnchannels(1)
+                        out.setsampwidth(2)
+                        out.setframerate(rate_hz)
+                        for start in range(begin, stop, 60 * rate_hz):
+                            samples = self.read(start, min(start + 60 * rate_hz, stop))
+                            pcm = np.clip(np.rint(np.clip(samples, -1, 1) * 32768.0), -32768, 32767).astype("<i2")
+                            out.writeframes(pcm.tobytes())
+                    os.fsync(file.fileno())
+                    Path(file.name).replace(path)
+                except BaseException:
+                    Path(file.name).unlink(missing_ok=True)
+                    raise
+        except OSError as error:
+            raise SpoolError(f"the recording cannot be written to {path} ({error}): the spool is unharmed") from error
+        return stop - begin
+
+    def close(self) -> None:
+        """Close the file. A second call does nothing."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._db.close()
+
+    def __enter__(self) -> Self:
+        """Nothing to do: it is open."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+    # How.
+
+    def _tables(self) -> set[str]:
+        return {name for (name,) in self._db.execute("SELECT name FROM sqlite_master")}
+
+    def _stored(self) -> tuple[int, int]:
+        """Read how many samples are accepted, and how many of them answered."""
+        last = "SELECT COALESCE((SELECT stop FROM {} ORDER BY start DESC LIMIT 1), 0)"
+        # In this order: another process may answer meanwhile.
+        answered = self._scalar(last.format("results"))
+        # Blocks that were answered may have been deleted by the retention rule.
+        return max(answered, self._scalar(last.format("blocks"))), answered
+
+    def _require(self, key: str, expected: int) -> None:
+        found = self._meta(key)
+        if found != expected:
+            raise SpoolError(f"the spool {self.path} has {key} {found}, expected {expected}: use another folder")
+
+    def _meta(self, key: str) -> int:
+        return self._scalar("SELECT value FROM meta WHERE key = ?", key)
+
+    def _scalar(self, query: str, *values: object) -> int:
+        with self._lock, self._errors("read"):
+            row = self._db.execute(query, values).fetchone()
+        if row is None:
+            raise SpoolError(f"the spool {self.path} is damaged: nothing for {query!r} {values}")
+        return int(row[0])
+
+    @contextlib.contextmanager
+    def _errors(self, verb: str) -> Iterator[None]:
+        """Say SQLite's errors in our words."""
+        try:
+            yield
+        except sqlite3.Error as error:
+            if self._closed:
+                raise SpoolError(f"the spool {self.path} was closed: open it again to {verb} it") from error
+            code = getattr(error, "sqlite_errorcode", None)
+            if code is not None and code & 0xFF == sqlite3.SQLITE_FULL:
+                raise SpoolFull(
+                    f"the spool {self.path} is full ({error}): free some disk, or raise spool_limit_bytes; "
+                    "what was accepted before is safe, what this call brought was not accepted"
+                ) from error
+            raise SpoolError(
+                f"the spool {self.path} could not be used to {verb} ({error}): what was accepted before is safe; "
+                "check the disk and the folder's permissions"
+            ) from error
+
+
+class Spool(SpoolView):
     """One recording on disk, float32 mono from sample 0. Safe to use from several threads of one process."""
 
     def __init__(self, folder: Path, sample_rate_hz: int, limit_bytes: int | None = None) -> None:
@@ -96,20 +337,23 @@ class Spool:
             raise
 
     def _take_lock(self) -> None:
-        try:
-            fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(self._lock_fd, 32).decode(errors="replace").strip() or "unknown"
-            raise SpoolBusy(
-                f"another pipeline (process {owner}) has the spool {self.path} open: "
-                "close that one, or use another folder; two recordings never share a spool"
-            ) from None
-        os.ftruncate(self._lock_fd, 0)
-        os.pwrite(self._lock_fd, f"{os.getpid()}\n".encode(), 0)
+        deadline_s = time.monotonic() + _LOCK_PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline_s:
+                    raise busy(self.path.parent, _owner(self._lock_fd)) from None
+            time.sleep(0.01)
+        text = f"{os.getpid()}\n".encode()
+        # In this order: it is never empty for whoever reads it.
+        os.pwrite(self._lock_fd, text, 0)
+        os.ftruncate(self._lock_fd, len(text))
 
     def _open(self, sample_rate_hz: int, limit_bytes: int | None) -> None:
         with self._errors("open"):
-            tables = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master")}
+            tables = self._tables()
             if tables and "meta" not in tables:
                 raise SpoolError(f"{self.path} is the database of another program: use another folder")
             self._db.execute("PRAGMA journal_mode = WAL")
@@ -127,10 +371,8 @@ class Spool:
                     self._set_meta("schema_version", _SCHEMA_VERSION)
                     self._set_meta("sample_rate_hz", sample_rate_hz)
                     self._set_meta("kept_from", 0)
-        for key, expected in (("schema_version", _SCHEMA_VERSION), ("sample_rate_hz", sample_rate_hz)):
-            found = self._meta(key)
-            if found != expected:
-                raise SpoolError(f"the spool {self.path} has {key} {found}, expected {expected}: use another folder")
+        self._require("schema_version", _SCHEMA_VERSION)
+        self._require("sample_rate_hz", sample_rate_hz)
         self._unsure = True
         self._settle()
 
@@ -141,9 +383,7 @@ class Spool:
         if self._db.in_transaction:
             with self._errors("write"):
                 self._db.execute("ROLLBACK")
-        self._answered = self._scalar("SELECT COALESCE(MAX(stop), 0) FROM results")
-        # Blocks that were answered may have been deleted by the retention rule.
-        self._accepted = max(self._answered, self._scalar("SELECT COALESCE(MAX(stop), 0) FROM blocks"))
+        self._accepted, self._answered = self._stored()
         self._unsure = False
 
     # Reading.
@@ -157,54 +397,6 @@ class Spool:
     def answered(self) -> int:
         """Samples answered: [0, answered)."""
         return self._answered
-
-    @property
-    def kept_from(self) -> int:
-        """First sample that the retention rule has not deleted."""
-        return self._meta("kept_from")
-
-    def read(self, start: int, stop: int) -> FloatArray:
-        """Read samples [start, stop) as float32; positions before 0 are silence. Raises SpoolError for a gap."""
-        out = np.zeros(max(0, stop - start), np.float32)
-        first = max(start, 0)
-        if stop > first:
-            if first < self.kept_from:
-                raise SpoolError(
-                    f"samples from {first} were asked for, but those before {self.kept_from} were deleted "
-                    "by the policy's retention_s after they were answered"
-                )
-            with self._lock, self._errors("read"):
-                rows = self._db.execute(
-                    "SELECT start, stop, samples FROM blocks WHERE start < ? AND stop > ? ORDER BY start", (stop, first)
-                ).fetchall()
-            position = first
-            for block_start, block_stop, data in rows:
-                samples = np.frombuffer(data, "<f4")
-                if block_start > position or len(samples) != block_stop - block_start:
-                    break
-                upto = min(block_stop, stop)
-                out[position - start : upto - start] = samples[position - block_start : upto - block_start]
-                position = upto
-            if position < stop:
-                raise SpoolError(f"the spool {self.path} has no samples [{position}, {stop}): it is damaged")
-        return out
-
-    def results(self) -> list[Result]:
-        """Read every result, by position."""
-        with self._lock, self._errors("read"):
-            rows = self._db.execute(
-                "SELECT start, stop, scores, vocabulary, device, degraded FROM results ORDER BY start"
-            ).fetchall()
-        return [
-            Result(
-                start,
-                stop,
-                None if scores is None else np.frombuffer(scores, "<f4").reshape(-1, vocabulary),
-                device,
-                bool(degraded),
-            )
-            for start, stop, scores, vocabulary, device, degraded in rows
-        ]
 
     # Writing.
 
@@ -291,25 +483,6 @@ class Spool:
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
             return self.kept_from
 
-    def export_wav(self, path: Path) -> int:
-        """Write what is kept as a 16-bit mono WAV, a minute at a time; return the number of samples written.
-
-        Raises SpoolError when the file cannot be written.
-        """
-        begin, stop, rate_hz = self.kept_from, self._accepted, self._meta("sample_rate_hz")
-        try:
-            with wave.open(str(path), "wb") as out:
-                out.setnchannels(1)
-                out.setsampwidth(2)
-                out.setframerate(rate_hz)
-                for start in range(begin, stop, 60 * rate_hz):
-                    samples = self.read(start, min(start + 60 * rate_hz, stop))
-                    pcm = np.clip(np.rint(np.clip(samples, -1, 1) * 32768.0), -32768, 32767).astype("<i2")
-                    out.writeframes(pcm.tobytes())
-        except OSError as error:
-            raise SpoolError(f"the recording cannot be written to {path} ({error}): the spool is unharmed") from error
-        return stop - begin
-
     def _require_room(self, data_bytes: int) -> None:
         """Refuse audio while there is still room for its answers: what is accepted has to be answered."""
         if self._limit_bytes is None:
@@ -327,24 +500,13 @@ class Spool:
         """Close the file and let others open it. A second call does nothing."""
         with self._lock:
             if not self._closed:
-                self._closed = True
-                self._db.close()
+                super().close()
                 os.close(self._lock_fd)
 
     # How.
 
-    def _meta(self, key: str) -> int:
-        return self._scalar("SELECT value FROM meta WHERE key = ?", key)
-
     def _set_meta(self, key: str, value: int) -> None:
         self._db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (key, str(value)))
-
-    def _scalar(self, query: str, *values: object) -> int:
-        with self._lock, self._errors("read"):
-            row = self._db.execute(query, values).fetchone()
-        if row is None:
-            raise SpoolError(f"the spool {self.path} is damaged: nothing for {query!r} {values}")
-        return int(row[0])
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -360,22 +522,3 @@ class Spool:
                 with contextlib.suppress(Exception):
                     self._db.execute("ROLLBACK")
             raise
-
-    @contextlib.contextmanager
-    def _errors(self, verb: str) -> Iterator[None]:
-        """Say SQLite's errors in our words."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            if self._closed:
-                raise SpoolError(f"the spool {self.path} was closed: open it again to {verb} it") from error
-            code = getattr(error, "sqlite_errorcode", None)
-            if code is not None and code & 0xFF == sqlite3.SQLITE_FULL:
-                raise SpoolFull(
-                    f"the spool {self.path} is full ({error}): free some disk, or raise spool_limit_bytes; "
-                    "what was accepted before is safe, what this call brought was not accepted"
-                ) from error
-            raise SpoolError(
-                f"the spool {self.path} could not be used to {verb} ({error}): what was accepted before is safe; "
-                "check the disk and the folder's permissions"
-            ) from error

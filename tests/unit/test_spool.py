@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import random
 import shutil
@@ -11,6 +12,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
+import threading
 import wave
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from protection.spool import AudioError, Result, Spool, SpoolBusy, SpoolError, SpoolFull
+from protection.spool import AudioError, Result, Spool, SpoolBusy, SpoolError, SpoolFull, SpoolView, holder
 
 ROOT = Path(__file__).resolve().parents[2]
 RATE = 16_000
@@ -458,3 +460,104 @@ def test_audio_without_an_answer_is_not_forgotten(spool: Spool, audio: Audio) ->
     spool.answer([_result(0, 16_000), _result(16_000, 32_000, None), _result(32_000, 64_000)])
     kept_from = spool.forget(0.0, 8_240)
     assert kept_from == 16_000, f"kept from {kept_from}, expected from the chunk that was set aside, 16000"
+
+
+# Looking on.
+
+
+def test_a_view_follows_a_recording_that_goes_on(spool: Spool, audio: Audio) -> None:
+    samples = audio(1.0)
+    spool.append(0, samples[:8000])
+    with SpoolView(spool.path.parent) as view:
+        before = (view.accepted, view.answered, view.set_aside, view.kept_from)
+        spool.append(8000, samples[8000:])
+        spool.answer([_result(0, 4000), _result(4000, 8000, None)])
+        after = (view.accepted, view.answered, view.set_aside, view.kept_from)
+        found = view.read(0, 16_000)
+        results = view.results()
+    assert before == (8000, 0, 0, 0), f"accepted, answered, set aside, kept from are {before}"
+    assert after == (16_000, 8000, 1, 0), f"accepted, answered, set aside, kept from are {after}"
+    assert np.array_equal(found, samples), "the samples are others"
+    assert [result.stop for result in results] == [4000, 8000], f"the results are {results}"
+    assert spool.append(16_000, samples[:10]) == 16_010, "the recording does not go on"
+
+
+def test_a_view_makes_no_spool_and_changes_none(tmp_path: Path, audio: Audio) -> None:
+    with pytest.raises(SpoolError, match=r"there is no spool in .*/none: expected .*spool\.db"):
+        SpoolView(tmp_path / "none")
+    assert not (tmp_path / "none").exists(), "the folder was made"
+    with Spool(tmp_path / "s", RATE) as spool:
+        spool.append(0, audio(0.1))
+    with SpoolView(tmp_path / "s") as view, pytest.raises(sqlite3.OperationalError, match="readonly"):
+        view._db.execute("DELETE FROM blocks")
+
+
+def test_a_view_of_what_is_no_spool_says_so(tmp_path: Path) -> None:
+    (tmp_path / "spool.db").touch()
+    with pytest.raises(SpoolError, match="was never written to: there is no recording in it"):
+        SpoolView(tmp_path)
+    with contextlib.closing(sqlite3.connect(tmp_path / "spool.db")) as db:
+        db.execute("CREATE TABLE theirs (x)")
+    with pytest.raises(SpoolError, match="another program"):
+        SpoolView(tmp_path)
+
+
+def test_a_recording_can_be_read_where_nothing_can_be_written(tmp_path: Path, audio: Audio) -> None:
+    with _tmpfs(tmp_path / "disk", "size=8m") as folder:
+        with Spool(folder / "s", RATE) as spool:
+            spool.append(0, audio(0.5))
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        with SpoolView(folder / "s") as view:
+            written = view.export_wav(tmp_path / "out.wav")
+    assert written == 8000, f"{written} samples were written, 8000 were accepted"
+
+
+def test_who_has_a_spool_open_is_known_and_asking_keeps_nobody_out(tmp_path: Path) -> None:
+    assert holder(tmp_path) is None, f"{holder(tmp_path)} has a spool that is not there"
+    spool = Spool(tmp_path, RATE)
+    found = holder(tmp_path)
+    spool.close()
+    assert found == os.getpid(), f"{found} has it open, expected {os.getpid()}"
+    assert holder(tmp_path) is None, f"{holder(tmp_path)} has it open after it was closed"
+    with (tmp_path / "spool.lock").open() as asking:
+        fcntl.flock(asking, fcntl.LOCK_SH)
+        over = threading.Timer(0.05, fcntl.flock, (asking, fcntl.LOCK_UN))
+        over.start()
+        Spool(tmp_path, RATE).close()
+        over.join()
+
+
+def test_a_read_takes_as_long_at_the_end_of_a_long_recording_as_at_its_beginning(spool: Spool) -> None:
+    with spool._transaction():
+        rows = ((k * 10, k * 10 + 10, bytes(40), 0.0) for k in range(20_000))
+        spool._db.executemany("INSERT INTO blocks VALUES (?, ?, ?, ?)", rows)
+    steps = []
+    for start in (0, 100_000, 199_800):
+        counted = 0
+
+        def count() -> None:
+            nonlocal counted
+            counted += 1
+
+        spool._db.set_progress_handler(count, 10)
+        spool.read(start, start + 200)
+        spool._db.set_progress_handler(None, 10)
+        steps.append(counted)
+    assert max(steps) < 2 * min(steps), f"SQLite took {steps} tens of steps at the beginning, middle and end"
+
+
+def test_an_export_that_fails_leaves_no_half_file(tmp_path: Path, audio: Audio) -> None:
+    with Spool(tmp_path / "s", RATE) as spool:
+        spool.append(0, audio(1.0))
+        with contextlib.closing(sqlite3.connect(tmp_path / "s" / "spool.db", isolation_level=None)) as db:
+            db.execute("UPDATE blocks SET samples = x'00'")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "a.wav").write_text("what was there before")
+        with pytest.raises(SpoolError, match="damaged"):
+            spool.export_wav(tmp_path / "out" / "a.wav")
+        with pytest.raises(SpoolError, match=r"cannot be written to .*none/a\.wav"):
+            spool.export_wav(tmp_path / "none" / "a.wav")
+        with pytest.raises(SpoolError, match="is not a file"):
+            spool.export_wav(Path("/dev/null"))
+    left = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
+    assert left == {"a.wav": "what was there before"}, f"the folder has {left}"

@@ -130,6 +130,8 @@ class DictationPipeline:
             engine.close()
             raise
         self._recording = True
+        #: Whether the last block was refused for want of storage, and whether one was accepted since.
+        self._refusing = self._storage_back = False
         self._flush_to = 0
         self._closing = False
         self._shut_down: str | None = None
@@ -179,8 +181,19 @@ class DictationPipeline:
         self._check_open()
         if not self._recording:
             raise NotRecording("the recording is stopped: call toggle() to start it before feeding audio")
-        accepted = self._spool.append(_checked_start(start), _checked(block))
+        first, samples = _checked_start(start), _checked(block)
+        try:
+            accepted = self._spool.append(first, samples)
+        except SpoolError as error:
+            if not self._refusing:
+                # Once, and not for each block of a recorder that feeds it again and again.
+                self._refusing = True
+                self._events.tell(EventKind.STORAGE_FAILED, str(error), "audio is not accepted", _SAFE)
+            raise
         with self._wake:
+            # What could not be stored before is tried again at once.
+            self._storage_back |= self._refusing
+            self._refusing = False
             self._wake.notify_all()
         return accepted
 
@@ -346,7 +359,8 @@ class DictationPipeline:
                     "what was accepted is safe; answers are late",
                 )
                 with self._wake:
-                    self._wake.wait_for(self._is_shut_down, backoff_s)
+                    self._wake.wait_for(lambda: self._is_shut_down() or self._storage_back, backoff_s)
+                    self._storage_back = False
                 backoff_s = min(backoff_s * 2, _STORAGE_BACKOFF_S[1])
                 continue
             with self._wake:

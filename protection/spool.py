@@ -7,6 +7,7 @@ transaction. After any crash: acknowledged ≤ stored ≤ acknowledged + the one
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import sqlite3
@@ -23,12 +24,16 @@ from urllib.parse import quote
 import numpy as np
 import numpy.typing as npt
 
+from protection import storage
+
 FloatArray = npt.NDArray[np.float32]
 _SCHEMA_VERSION = 1
 _PAGE_BYTES = 4096
 #: Of a limited spool; answers take a tenth of what their audio takes.
 _AUDIO_SHARE = 0.85
 _WAV_MOST_SAMPLES = ((1 << 32) - 64) // 2
+_SAFE = "what was accepted before is safe"
+_NOT_ACCEPTED = f"{_SAFE}, what this call brought was not accepted"
 #: Whoever asks who has a spool open holds its lock for a moment.
 _LOCK_PATIENCE_S = 0.2
 _SCHEMA = """
@@ -92,6 +97,14 @@ def busy(folder: Path, owner: int) -> SpoolBusy:
     return SpoolBusy(
         f"another pipeline (process {owner or 'unknown'}) has the spool {folder / 'spool.db'} open: "
         "close that one, or use another folder; two recordings never share a spool"
+    )
+
+
+def _not_writable(what: str, error: OSError) -> SpoolError:
+    room = error.errno in storage.NO_ROOM
+    advice = f"{storage.advice(error.errno or 0)}, or " if room else ""
+    return (SpoolFull if room else SpoolError)(
+        f"the spool {what} cannot be written ({error}): {advice}choose another folder"
     )
 
 
@@ -293,16 +306,10 @@ class SpoolView:
         except sqlite3.Error as error:
             if self._closed:
                 raise SpoolError(f"the spool {self.path} was closed: open it again to {verb} it") from error
-            code = getattr(error, "sqlite_errorcode", None)
-            if code is not None and code & 0xFF == sqlite3.SQLITE_FULL:
-                raise SpoolFull(
-                    f"the spool {self.path} is full ({error}): free some disk, or raise spool_limit_bytes; "
-                    "what was accepted before is safe, what this call brought was not accepted"
-                ) from error
-            raise SpoolError(
-                f"the spool {self.path} could not be used to {verb} ({error}): what was accepted before is safe; "
-                "check the disk and the folder's permissions"
-            ) from error
+            raise self._said(verb, error) from error
+
+    def _said(self, verb: str, error: sqlite3.Error) -> SpoolError:
+        return SpoolError(f"the spool {self.path} could not be used to {verb} ({error}): {storage.advice(0)}; {_SAFE}")
 
 
 class Spool(SpoolView):
@@ -318,7 +325,7 @@ class Spool(SpoolView):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock_fd = os.open(folder / "spool.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise SpoolError(f"the spool folder {folder} cannot be written ({error}): choose another folder") from error
+            raise _not_writable(f"folder {folder}", error) from error
         try:
             self._take_lock()
             # Created by us first: SQLite's own files take the mode of the database.
@@ -331,7 +338,7 @@ class Spool(SpoolView):
                 raise
         except OSError as error:
             os.close(self._lock_fd)
-            raise SpoolError(f"the spool {self.path} cannot be written ({error}): choose another folder") from error
+            raise _not_writable(str(self.path), error) from error
         except BaseException:
             os.close(self._lock_fd)
             raise
@@ -485,6 +492,12 @@ class Spool(SpoolView):
 
     def _require_room(self, data_bytes: int) -> None:
         """Refuse audio while there is still room for its answers: what is accepted has to be answered."""
+        free_bytes = storage.lacks_room(self.path.parent, data_bytes, 4 * (self._accepted - self._answered))
+        if free_bytes is not None:
+            raise SpoolFull(
+                f"the spool {self.path} is full (the disk has {free_bytes} bytes free, "
+                f"and room is left for answers): free some disk; {_NOT_ACCEPTED}"
+            )
         if self._limit_bytes is None:
             return
         with self._errors("write"):
@@ -492,8 +505,7 @@ class Spool(SpoolView):
         if pages * _PAGE_BYTES + data_bytes > _AUDIO_SHARE * self._limit_bytes:
             raise SpoolFull(
                 f"the spool {self.path} is full (spool_limit_bytes is {self._limit_bytes}, "
-                "and room is left for answers): free some disk, or raise spool_limit_bytes; "
-                "what was accepted before is safe, what this call brought was not accepted"
+                f"and room is left for answers): free some disk, or raise spool_limit_bytes; {_NOT_ACCEPTED}"
             )
 
     def close(self) -> None:
@@ -522,3 +534,15 @@ class Spool(SpoolView):
                 with contextlib.suppress(Exception):
                     self._db.execute("ROLLBACK")
             raise
+
+    def _said(self, verb: str, error: sqlite3.Error) -> SpoolError:
+        if verb == "read":
+            return super()._said(verb, error)
+        number = storage.cause(self.path, error)
+        reason = f"{error}: {os.strerror(number)}" if number else str(error)
+        text = f"the spool {self.path} could not be used to {verb} ({reason}): {storage.advice(number)}"
+        if number == errno.ENOSPC and self._limit_bytes is not None:
+            text += ", or raise spool_limit_bytes"
+        return (SpoolFull if number in storage.NO_ROOM else SpoolError)(
+            f"{text}; {_NOT_ACCEPTED if verb == 'write' else _SAFE}"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import random
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from protection import storage
 from protection.spool import AudioError, Result, Spool, SpoolBusy, SpoolError, SpoolFull, SpoolView, holder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +59,8 @@ def _tmpfs(folder: Path, options: str) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        # At once out of sight, also where a test that failed has a file open.
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 # Durable.
@@ -561,3 +564,116 @@ def test_an_export_that_fails_leaves_no_half_file(tmp_path: Path, audio: Audio) 
             spool.export_wav(Path("/dev/null"))
     left = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
     assert left == {"a.wav": "what was there before"}, f"the folder has {left}"
+
+
+# A disk that takes no more, and says so in one way or another.
+
+
+def _fill(path: Path) -> None:
+    """Fill the disk with a file, to the last byte."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 16))
+
+
+def test_a_disk_that_the_audio_fills_has_room_for_the_answers(tmp_path: Path, audio: Audio) -> None:
+    samples = audio(60.0)
+    with _tmpfs(tmp_path / "disk", "size=2m") as folder, Spool(folder / "s", RATE) as spool:
+        with pytest.raises(
+            SpoolFull, match=r"the disk has \d+ bytes free, and room is left for answers.*free some disk"
+        ):
+            _feed(spool, samples)
+        accepted = spool.accepted
+        seconds = range(0, accepted, RATE)
+        # As large as those of the model that ships.
+        scores = np.zeros((75, 32), np.float32)
+        for start in seconds:
+            spool.answer([Result(start, min(start + RATE, accepted), scores, "cpu", False)])
+        answered = spool.answered
+    assert accepted > 2 * RATE and answered == accepted, f"{answered} of {accepted} accepted samples were answered"
+
+
+def test_a_disk_that_others_fill_is_named_and_nothing_is_lost(tmp_path: Path, audio: Audio) -> None:
+    samples = audio(4.0)
+    with _tmpfs(tmp_path / "disk", "size=8m") as folder, Spool(folder / "s", RATE) as spool:
+        _feed(spool, samples[:RATE])
+        _fill(folder / "ballast")
+        with pytest.raises(SpoolFull, match="free some disk"):
+            spool.append(RATE, samples[RATE:])
+        # There is no room left for them: SQLite itself says so.
+        with pytest.raises(SpoolFull, match=r"could not be used to write .*full.*No space left.*free some disk"):
+            spool.answer([_result(0, RATE)])
+        kept = (spool.accepted, spool.answered)
+        (folder / "ballast").unlink()
+        spool.answer([_result(0, RATE)])
+        _feed(spool, samples)
+        found = spool.read(0, spool.accepted)
+    assert kept == (RATE, 0), f"accepted and answered were {kept} on the full disk"
+    assert np.array_equal(found, samples), f"{len(found)} of {len(samples)} samples are there, or others"
+
+
+def test_a_recording_is_not_opened_on_a_full_disk_and_that_is_why(tmp_path: Path, audio: Audio) -> None:
+    with _tmpfs(tmp_path / "disk", "size=8m") as folder:
+        with Spool(folder / "s", RATE) as spool:
+            _feed(spool, audio(1.0))
+        _fill(folder / "ballast")
+        with pytest.raises(SpoolFull, match="free some disk"):
+            Spool(folder / "s", RATE)
+        (folder / "ballast").unlink()
+        with Spool(folder / "s", RATE) as spool:
+            found = spool.read(0, spool.accepted)
+        left = sorted(path.name for path in (folder / "s").iterdir())
+    assert np.array_equal(found, audio(1.0)), f"{len(found)} samples are there, 16000 were accepted"
+    assert left == ["spool.db", "spool.lock"], f"the folder has {left}"
+
+
+LIMITED = """
+import resource, sys, numpy as np
+from pathlib import Path
+from protection.spool import Spool, SpoolFull
+spool = Spool(Path(sys.argv[1]), 16000)
+samples = np.arange(160_000, dtype=np.float32)
+def feed():
+    for start in range(spool.accepted, len(samples), 1600):
+        spool.append(start, samples[start : start + 1600])
+# In the middle of what SQLite writes in one piece.
+resource.setrlimit(resource.RLIMIT_FSIZE, (200_001, resource.RLIM_INFINITY))
+try:
+    feed()
+except SpoolFull as error:
+    print(error)
+accepted = spool.accepted
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+feed()
+assert np.array_equal(spool.read(0, len(samples)), samples)
+print(0 < accepted < len(samples), sorted(path.name for path in Path(sys.argv[1]).iterdir()))
+spool.close()
+"""
+
+
+def test_a_file_size_limit_is_named_and_not_taken_for_a_broken_disk(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, f"the process ended with {done.returncode}: {done.stderr}"
+    refusal, state = done.stdout.splitlines()
+    assert "the file-size limit of this process (ulimit -f) is 200001 bytes: raise it" in refusal, refusal
+    assert "what was accepted before is safe, what this call brought was not accepted" in refusal, refusal
+    assert state == "True ['spool.db', 'spool.db-shm', 'spool.db-wal', 'spool.lock']", state
+
+
+def test_the_reason_why_a_file_cannot_be_written_is_found(tmp_path: Path) -> None:
+    raised = []
+    with _tmpfs(tmp_path / "disk", "size=8m") as folder:
+        database = folder / "spool.db"
+        with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as db:
+            db.execute("CREATE TABLE t (x)")
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        for statement in ("INSERT INTO t VALUES (1)", "INSERT INTO none VALUES (1)"):
+            with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as db:
+                try:
+                    db.execute(statement)
+                except sqlite3.Error as error:
+                    raised.append(storage.cause(database, error))
+    assert raised == [errno.EROFS, 0], f"found {raised}, expected a read-only file system, and nothing of the kind"
+    assert "make it writable again" in storage.advice(errno.EROFS)

@@ -68,6 +68,14 @@ def _for(test: str, *rows: tuple[str, str, float, str, str]) -> list[Criterion]:
     return [Criterion(test, *row) for row in rows]
 
 
+#: What is promised of a disk that fails, whatever it is that fails.
+_KEPT = (
+    ("notifications", ">=", 1, "events", "User notified"),
+    ("samples_lost", "==", 0, "samples", "Nothing acknowledged lost"),
+    ("samples_different", "==", 0, "samples", "Every stored sample bit for bit"),
+    ("gaps_and_overlaps", "==", 0, "places", "Results tile what was stored"),
+)
+
 #: For every test: the device's memory, in MB (1e6 bytes). The full batch of the model that ships needs a third of it.
 DEVICE_LIMIT = "device_limit_mb"
 
@@ -208,6 +216,30 @@ CRITERIA: tuple[Criterion, ...] = tuple(
         ("success_rate", ">=", 95.0, "%", "Recovery success rate >= 95%"),
         ("recovery_time", "<", 5.0, "s", "Slowest recovery < 5 s"),
         ("miscounted", "==", 0, "counts", "Metrics agree with the faults that fired"),
+    )
+    + _for(
+        "test_full_disk_while_recording",
+        ("refusals", ">=", 1, "feeds", "Feeding refused while the disk is full"),
+        ("refusals_unclear", "==", 0, "refusals", "Each refusal says that the disk is full"),
+        *_KEPT,
+        ("samples_missing", "==", 0, "samples", "Recording goes on once there is room"),
+        ("exit_status", "==", 0, "", "Process lives to its orderly end (status 0)"),
+    )
+    + _for(
+        "test_file_size_limit_while_recording",
+        ("refusals", ">=", 1, "feeds", "Feeding refused while the limit is there"),
+        ("refusals_unclear", "==", 0, "refusals", "Each refusal names the file-size limit"),
+        *_KEPT,
+        ("samples_missing", "==", 0, "samples", "Recording goes on once the limit is raised"),
+        ("exit_status", "==", 0, "", "Process lives to its orderly end (status 0)"),
+    )
+    + _for(
+        "test_read_only_remount_while_recording",
+        ("refusals", ">=", 1, "feeds", "Feeding refused while the file system is read-only"),
+        ("refusals_unclear", "==", 0, "refusals", "Each refusal says that it is read-only"),
+        *_KEPT,
+        ("samples_missing", "==", 0, "samples", "Recording goes on after the repair"),
+        ("exit_status", "==", 0, "", "Process lives to its orderly end (status 0)"),
     )
 )
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +23,15 @@ from qualification.host import MB, Hosted
 from qualification.judge import Judge
 from qualification.observe import counts, recovered, same_output, strategies, wait_for_event, wait_until
 from qualification.progress import Progress
+from qualification.storage import (
+    Disk,
+    DiskOutside,
+    StorageUnavailable,
+    is_mounted,
+    limit_file_size,
+    make_image,
+    repair,
+)
 from qualification.stream import Stream, unanswered, untiled, wrong
 from qualification.subject import (
     METRIC_OOMS,
@@ -530,3 +541,173 @@ class TestRecoveryMetrics:
         counted = metrics[METRIC_OOMS] - before
         judge.say(f"{counted:.0f} OOMs counted, {fired} fired")
         judge("miscounted", miscounted + abs(fired - counted), fault=total(records))
+
+
+@pytest.mark.recovery
+class TestStorageFailure:
+    """Does it survive a disk that takes no more?"""
+
+    def test_full_disk_while_recording(
+        self,
+        hosted: Callable[..., Hosted],
+        backend: Backend,
+        new_subject: NewSubject,
+        stream: Stream,
+        tmp_path: Path,
+        judge: Judge,
+    ) -> None:
+        """A disk that fills up while it records, and room again: a small tmpfs.
+
+        Pass criteria:
+        - Feeding refused while the disk is full
+        - Each refusal says that the disk is full
+        - User notified
+        - Nothing acknowledged lost
+        - Every stored sample bit for bit
+        - Results tile what was stored
+        - Recording goes on once there is room
+        - Process lives to its orderly end (status 0)
+        """
+        disk = Disk(str(tmp_path / "disk"), DISK_BYTES)
+        host = hosted("disk/spool", disk=asdict(disk), **RECORDING)
+        with open_disk(host, disk) as outside:
+            host.wait_for("accepted", 30, RECORDED_BLOCKS)
+            filled_bytes = outside.fill()
+            host.wait_for("refused", 30, REFUSED_BLOCKS)
+            outside.make_room()
+            status = host.end(60)
+            outside.copy("spool", tmp_path / "kept")
+        record = refusals(host, Provenance.EXHAUSTED, f"{filled_bytes} bytes filled")
+        judge_storage(judge, [host], new_subject(backend, "kept"), stream, record, r"full|no (space|room)")
+        judge("exit_status", status, fault=record)
+
+    def test_file_size_limit_while_recording(
+        self, hosted: Callable[..., Hosted], backend: Backend, new_subject: NewSubject, stream: Stream, judge: Judge
+    ) -> None:
+        """A limit on the size of files (RLIMIT_FSIZE) that falls while it records, and is raised again.
+
+        Pass criteria:
+        - Feeding refused while the limit is there
+        - Each refusal names the file-size limit
+        - User notified
+        - Nothing acknowledged lost
+        - Every stored sample bit for bit
+        - Results tile what was stored
+        - Recording goes on once the limit is raised
+        - Process lives to its orderly end (status 0)
+        """
+        host = hosted(**RECORDING)
+        host.wait_for("accepted", 30, RECORDED_BLOCKS)
+        process_ids = {host.process.pid, *host.last("process_ids")}
+        # No file may grow beyond it, and none can have a whole block.
+        limit_bytes = 2 * host.job.block_samples
+        limit_file_size(process_ids, limit_bytes)
+        host.wait_for("refused", 30, REFUSED_BLOCKS)
+        limit_file_size(process_ids, None)
+        status = host.end(60)
+        record = refusals(host, Provenance.CAPPED, f"RLIMIT_FSIZE was {limit_bytes} bytes")
+        judge_storage(judge, [host], new_subject(backend), stream, record, r"file.size limit|too large")
+        judge("exit_status", status, fault=record)
+
+    def test_read_only_remount_while_recording(
+        self,
+        hosted: Callable[..., Hosted],
+        backend: Backend,
+        new_subject: NewSubject,
+        stream: Stream,
+        tmp_path: Path,
+        judge: Judge,
+    ) -> None:
+        """A file system that remounts itself read-only while it records: ext4 after an error, then repaired.
+
+        Pass criteria:
+        - Feeding refused while the file system is read-only
+        - Each refusal says that it is read-only
+        - User notified
+        - Nothing acknowledged lost
+        - Every stored sample bit for bit
+        - Results tile what was stored
+        - Recording goes on after the repair
+        - Process lives to its orderly end (status 0)
+        """
+        image = tmp_path / "ext4.img"
+        disk = Disk(str(tmp_path / "disk"), DISK_BYTES, str(image))
+        try:
+            make_image(image, DISK_BYTES)
+        except StorageUnavailable as error:
+            pytest.skip(f"not run: {error}")
+        first = hosted("disk/spool", disk=asdict(disk), **{**RECORDING, "retry_s": 0.5})
+        with open_disk(first, disk) as outside:
+            first.wait_for("accepted", 30, RECORDED_BLOCKS)
+            try:
+                outside.make_read_only()
+            except StorageUnavailable as error:
+                pytest.skip(f"not run: {error}")
+        # It stays so for as long as it is mounted: the recording ends, and goes on after the repair.
+        statuses = [first.end(60)]
+        assert wait_until(lambda: not is_mounted(image), 10), f"{image} is mounted 10 s after its last user ended"
+        repair(image)
+        stop = max(first.all("accepted")) + MORE_SAMPLES
+        second = hosted("disk/spool", disk=asdict(disk), **{**RECORDING, "stop": stop})
+        with open_disk(second, disk) as outside:
+            statuses.append(second.end(60))
+            outside.copy("spool", tmp_path / "kept")
+        record = refusals(first, Provenance.MISSING, "ext4 remounted itself read-only")
+        judge_storage(judge, [first, second], new_subject(backend, "kept"), stream, record, r"read.only")
+        judge("exit_status", next((status for status in statuses if status), 0), fault=record)
+
+
+#: In it there is room for far more than is recorded before it is filled.
+DISK_BYTES = 32 * MB
+#: So much is recorded before the disk fails, and so much after it works again.
+RECORDED_BLOCKS, MORE_SAMPLES = 20, 4 * SECOND
+#: So many refusals are waited for: one that is accepted the second time would be no failure of the disk.
+REFUSED_BLOCKS = 5
+RECORDING = {
+    "stop": 10_000 * SECOND,
+    "block_samples": SECOND // 10,
+    "pause_s": 0.002,
+    "retry_s": 30.0,
+    "samples_after_refusal": MORE_SAMPLES,
+}
+
+
+def open_disk(host: Hosted, disk: Disk) -> DiskOutside:
+    """Reach the disk of a hosted process once it has it; where it cannot be had, the test is not run."""
+    try:
+        host.wait_for("ready", 30)
+    except StorageUnavailable as error:
+        pytest.skip(f"not run: {error}")
+    return DiskOutside(disk, host.process.pid)
+
+
+def refusals(host: Hosted, provenance: Provenance, detail: str) -> FaultRecord:
+    """Say what became of a disk's failure: the points are what was fed, and it fired where feeding was refused."""
+    refused = len(host.all("refused"))
+    fed = len(host.all("accepted")) + refused
+    return FaultRecord(fed, refused, 0, provenance if refused else None, f"{detail}; {refused} of {fed} feeds refused")
+
+
+def judge_storage(
+    judge: Judge, hosts: Sequence[Hosted], subject: Subject, stream: Stream, record: FaultRecord, cause: str
+) -> None:
+    """Compare what was acknowledged while the disk failed with what a subject finds in its copy afterwards."""
+    kept = recovered(subject)
+    if kept is None:
+        pytest.skip("not run: the subject has no recovered(), so what it kept cannot be compared")
+    refused = [line for line in hosts[0].lines if "refused" in line]
+    # The name of a folder is no explanation.
+    said = [re.sub(r"\S*/\S*", "", line["refused"]) for line in refused]
+    unclear = [text for text in said if not re.search(cause, text, re.IGNORECASE)]
+    told = [kind for host in hosts for kind, _ in host.last("events") or []]
+    acknowledged = max((position for host in hosts for position in host.all("accepted")), default=0)
+    results = subject.results()
+    judge.say(f"first refusal: {refused[0]['refused'] if refused else 'none'}; unclear: {unclear[:3]}")
+    judge("refusals", len(refused), fault=record)
+    judge("refusals_unclear", len(unclear), fault=record)
+    judge("notifications", told.count("storage_failed"), fault=record)
+    judge("samples_lost", max(0, acknowledged - len(kept)), fault=record)
+    judge("samples_different", stream.different(kept), fault=record)
+    judge("gaps_and_overlaps", sum(untiled(results, len(kept))) + (unanswered(results, len(kept)) > 0), fault=record)
+    wanted = refused[-1]["at"] + MORE_SAMPLES if refused else 0
+    judge("samples_missing", max(0, wanted - acknowledged), fault=record)

@@ -79,6 +79,20 @@ _KEPT = (
 #: For every test: the device's memory, in MB (1e6 bytes). The full batch of the model that ships needs a third of it.
 DEVICE_LIMIT = "device_limit_mb"
 
+_FIRST_ANSWERS = (
+    ("first_answer_median", "<", 5.0, "s", "First right result after a worker's death within 5 s (median)"),
+    ("first_answer_worst", "<", 30.0, "s", "First right result after a worker's death within 30 s (worst)"),
+)
+_KILLS = (
+    ("samples_lost", "==", 0, "samples", "Nothing acknowledged lost"),
+    ("samples_unexplained", "==", 0, "samples", "At most the one call in flight stored beyond"),
+    ("samples_different", "==", 0, "samples", "Every stored sample bit for bit"),
+    ("gaps_and_overlaps", "==", 0, "places", "Results tile what was stored"),
+    ("answers_wrong", "==", 0, "answers", "Every answer right"),
+    ("orphans", "==", 0, "processes", "No process left behind"),
+    *_FIRST_ANSWERS,
+)
+
 CRITERIA: tuple[Criterion, ...] = tuple(
     _for(
         "test_sustained_high_memory_usage",
@@ -191,12 +205,43 @@ CRITERIA: tuple[Criterion, ...] = tuple(
         ("overlaps", "==", 0, "overlaps", "No duplicate after resume"),
         ("answers_wrong", "==", 0, "answers", "Answers as without the interruption"),
     )
+    + _for("test_kill_during_recording", *_KILLS)
+    + _for("test_kill_during_recording_soak", *_KILLS)
     + _for(
-        "test_kill_during_recording",
+        "test_worker_hang",
+        ("hangs_undetected", "==", 0, "hangs", "Hang detected"),
+        ("notifications", ">=", 1, "events", "User notified"),
+        ("first_answer", "<", 30.0, "s", "First right result within 30 s of the hang"),
+        ("answers_wrong", "==", 0, "answers", "Every answer right"),
+    )
+    + _for(
+        "test_suspend_and_resume",
+        ("workers_replaced", "==", 0, "workers", "No worker replaced for having slept with its host"),
+        ("sleepers_undetected", "==", 0, "workers", "A worker that alone does not wake up is replaced"),
         ("samples_lost", "==", 0, "samples", "Nothing acknowledged lost"),
-        ("samples_unexplained", "==", 0, "samples", "At most the one call in flight stored beyond"),
-        ("samples_different", "==", 0, "samples", "Every stored sample bit for bit"),
+        ("answers_wrong", "==", 0, "answers", "Every answer right"),
+    )
+    + _for(
+        "test_oom_killer",
+        ("workers_spared", "==", 0, "workers", "The worker dies each time"),
+        ("host_deaths", "==", 0, "processes", "The host never dies"),
+        ("samples_lost", "==", 0, "samples", "Nothing acknowledged lost"),
         ("gaps_and_overlaps", "==", 0, "places", "Results tile what was stored"),
+        ("answers_wrong", "==", 0, "answers", "Every answer right"),
+        *_FIRST_ANSWERS,
+    )
+    + _for(
+        "test_poison_chunk",
+        ("not_poisoned", "==", 0, "chunks", "Only the poisoned second set aside"),
+        ("samples_different", "==", 0, "samples", "Its audio kept, bit for bit"),
+        ("answers_wrong", "==", 0, "answers", "Everything else answered, and right"),
+        ("notifications", ">=", 1, "events", "User notified"),
+    )
+    + _for(
+        "test_library_missing_at_first_inference",
+        ("answers_wrong", "==", 0, "answers", "Every sample answered, by the fallback"),
+        ("set_aside", "==", 0, "chunks", "Nothing set aside"),
+        ("notifications", ">=", 1, "events", "User notified"),
     )
     + _for(
         "test_consecutive_oom_recovery",
@@ -252,8 +297,11 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter("test_memory_allocation_stress", "block_mb", 50, 1, 1e6, "size of each, MB"),
     Parameter("test_continuous_recording_memory_leak", "duration_s", 3600, 5, 864_000, "how long"),
     Parameter("test_rapid_toggle_with_fallback", "cycles", 50, 1, 1e5, "toggles, each with a fallback"),
-    Parameter("test_kill_during_recording", "kills", 20, 1, 1e5, "SIGKILLs at random moments"),
+    Parameter("test_kill_during_recording", "kills", 10, 1, 1e5, "kills of worker or host at random moments"),
     Parameter("test_kill_during_recording", "seed", 1, 0, 2**31, "seed of the random moments"),
+    Parameter("test_kill_during_recording_soak", "kills", 1000, 1, 1e6, "kills of worker or host at random moments"),
+    Parameter("test_kill_during_recording_soak", "seed", 2, 0, 2**31, "seed of the random moments"),
+    Parameter("test_oom_killer", "kills", 20, 1, 1e4, "kills by the OOM killer"),
     Parameter("test_consecutive_oom_recovery", "ooms", 5, 1, 1e4, "out-of-memory errors, one after another"),
     Parameter("test_recovery_success_rate", "ooms", 12, 1, 1e4, "out-of-memory errors, of every kind in turn"),
 )

@@ -6,7 +6,8 @@ It feeds the subject from the stream and writes a JSON line for each thing that 
 ``fault``, ``pressure``, ``shutdown``, ``refused``, ``unavailable``, ``done``. Exit statuses: 0 done; 69 the disk that
 the job asks for cannot be had here; 70 the subject failed; 75 the subject shut itself down in an emergency: it refuses
 more audio, with what it had accepted kept (``EX_TEMPFAIL``: start it again on the same folder). It ends with the
-process that started it.
+process that started it. Orders come in on standard input, a line each: ``stop`` ends the recording, ``watch`` asks when
+the next answer is there (``first_answer_s``).
 """
 
 from __future__ import annotations
@@ -19,9 +20,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from qualification.storage import Disk, StorageUnavailable
 
@@ -50,6 +54,10 @@ class Job:
     stop: int = 16_000
     block_samples: int = 1_600
     pause_s: float = 0.0
+    #: Go on after ``stop`` until the order comes.
+    until_told: bool = False
+    #: Be the OOM killer's first choice. Not where a worker has to be.
+    volunteers: bool = True
     #: Answer everything before ending.
     drain_s: float = 30.0
     #: Plans to arm, as plain data, once the subject is ready.
@@ -84,13 +92,10 @@ def main(argv: list[str]) -> int:
             return EXIT_UNAVAILABLE
 
     from backends.faults.limits import declare_expendable
-    from backends.process import die_with_parent, volunteer_to_oom_killer
+    from backends.process import begin_as_child
 
-    die_with_parent()
-    volunteer_to_oom_killer()
+    begin_as_child(parent, volunteers=job.volunteers)
     declare_expendable()
-    if os.getppid() != parent:
-        return EXIT_FAILED
     try:
         return _run(job)
     except Exception as error:
@@ -152,9 +157,11 @@ def _record(job: Job, subject: Any, stream: Any, accepted: int) -> tuple[int, bo
     """Feed up to where the job ends; give the position that is accepted, and whether it is that one."""
     stop = max(job.stop, accepted)
     refused_s: float | None = None
-    while accepted < stop:
+    orders = _Orders(subject)
+    while not orders.stop and (accepted < stop or job.until_told):
+        end = accepted + job.block_samples
         try:
-            accepted = subject.feed(accepted, stream[accepted : min(accepted + job.block_samples, stop)])
+            accepted = subject.feed(accepted, stream[accepted : end if job.until_told else min(end, stop)])
         except Exception as error:
             # An emergency is what a subject may shut down in; any other error is its failure, where none is expected.
             emergency = _in_emergency(subject)
@@ -168,12 +175,41 @@ def _record(job: Job, subject: Any, stream: Any, accepted: int) -> tuple[int, bo
             time.sleep(_RETRY_EVERY_S)
             continue
         say(accepted=accepted)
+        orders.look()
         if refused_s is not None:
             refused_s = None
             stop = min(stop, accepted + job.samples_after_refusal)
         if job.pause_s:
             time.sleep(job.pause_s)
     return accepted, True
+
+
+class _Orders:
+    """What the parent asks for while the subject records."""
+
+    def __init__(self, subject: Any) -> None:
+        self._subject = subject
+        self.stop = False
+        self._pending = b""
+        self._answered_before: int | None = None
+        os.set_blocking(0, False)
+
+    def look(self) -> None:
+        """Take orders in, and look for the answer that was asked for."""
+        data = b""
+        with suppress(BlockingIOError):
+            data = os.read(0, 4096)
+        *orders, self._pending = (self._pending + data).split(b"\n")
+        self.stop = self.stop or b"stop" in orders
+        if b"watch" in orders:
+            self._answered_before = self._answered()
+        elif self._answered_before is not None and self._answered() > self._answered_before:
+            self._answered_before = None
+            say(first_answer_s=time.monotonic())
+
+    def _answered(self) -> int:
+        results = self._subject.results()
+        return int(results[-1].stop) if results else 0
 
 
 def _in_emergency(subject: Any) -> bool:
@@ -249,13 +285,26 @@ class Hosted:
                 [sys.executable, "-m", "qualification.host", json.dumps(dataclasses.asdict(job))],
                 cwd=_ROOT,
                 env={**os.environ, "TMPDIR": str(self.temporary)},
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
                 # Ctrl-C is the test runner's to handle: it closes its hosts itself.
                 start_new_session=True,
             )
         self._pending = b""
+
+    def order(self, order: str) -> None:
+        """Have it ``stop`` recording, or ``watch`` for the next answer. A process that is gone takes no orders."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            os.write(self.process.stdin.fileno(), f"{order}\n".encode())
+
+    def workers(self) -> list[psutil.Process]:
+        """Give the processes below it that run. Each knows when it began: another with the same id is another."""
+        with suppress(psutil.NoSuchProcess):
+            below = psutil.Process(self.process.pid).children(recursive=True)
+            return [each for each in below if each.status() != psutil.STATUS_ZOMBIE]
+        return []
 
     def read(self, timeout_s: float) -> bool:
         """Take in what was written within ``timeout_s``; False at the end of its output."""
@@ -321,8 +370,9 @@ class Hosted:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        if self.process.stdout is not None:
-            self.process.stdout.close()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                stream.close()
 
     def said(self) -> str:
         """Give the end of what it wrote, for a message."""

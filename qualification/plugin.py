@@ -29,6 +29,7 @@ from qualification.records import RecordError
 from qualification.run import DEFAULT_AUDIO, DEFAULT_RESULTS, ROOT, Refused, Run, prepare
 from qualification.stream import Stream
 from qualification.subject import DEFAULT_SUBJECT, Result, Subject, SubjectContext, absolute
+from qualification.survival import Unfinished
 
 #: A quick test that takes longer hangs. The sustained one, and the slow ones, have the two hours of the configuration.
 QUICK_TIMEOUT_S = 120
@@ -458,6 +459,15 @@ def hosted(request: pytest.FixtureRequest, tmp_path: Path, device_limit_bytes: i
     yield start
     for each in made:
         each.close()
+
+
+@pytest.fixture
+def unfinished(request: pytest.FixtureRequest) -> Callable[..., Unfinished]:
+    """Keep the rounds of a long test beside the records: ``unfinished(seed=1)`` takes up what was cut off."""
+    run, folder = request.config.stash[_RUN], Path(request.config.getoption("--results"))
+    name = _name_of(request.node)
+    path = folder / f"unfinished-{run.environment}-{run.backend.name}-{name}.json"
+    return lambda **key: Unfinished(path, {**run.identity(), "test": name, **key})
 
 
 @pytest.fixture

@@ -97,9 +97,8 @@ class Run:
             self.lock.release()
             self.lock = None
 
-    def _about(self) -> dict[str, Any]:
-        pins = ROOT / "constraints" / f"{self.environment}.txt"
-        names = ("onnxruntime", "torch", "numpy", "psutil", "pytest")
+    def identity(self) -> dict[str, Any]:
+        """Give what has to be the same for two runs to be parts of one."""
         return {
             "suite_version": __version__,
             "suite_commit": _commit(),
@@ -107,6 +106,13 @@ class Run:
             "backend": self.backend.name,
             "environment": self.environment,
             "runtime": self.runtime,
+        }
+
+    def _about(self) -> dict[str, Any]:
+        pins = ROOT / "constraints" / f"{self.environment}.txt"
+        names = ("onnxruntime", "torch", "numpy", "psutil", "pytest")
+        return {
+            **self.identity(),
             "machine": {
                 "system": platform.platform(),
                 "processors": os.cpu_count(),

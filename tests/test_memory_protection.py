@@ -355,8 +355,10 @@ class TestGPUFallback:
         mistakes = wrong(subject.results(), undisturbed(*stops), same_output(subject))
         judge("answers_wrong", mistakes + sum(untiled(subject.results(), position)), fault=record)
         judge("memory_excess", max(0, after.rss_bytes - before.rss_bytes) / MB)
-        left = [max(0, getattr(after, name) - getattr(before, name)) for name in ("descriptors", "threads", "children")]
-        judge("resources_left", sum(left))
+        names = ("descriptors", "threads", "children")
+        left = {name: max(0, getattr(after, name) - getattr(before, name)) for name in names}
+        judge.say(f"left behind: {left}")
+        judge("resources_left", sum(left.values()))
 
 
 @pytest.mark.gpu

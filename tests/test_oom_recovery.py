@@ -5,9 +5,12 @@ pytest tests/test_oom_recovery.py -v
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import random
 import re
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -15,10 +18,14 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
+import psutil
 import pytest
 
 from backends.contract import ArmedFault, Backend, FaultPlan, FaultRecord, Provenance, Site
 from backends.errors import ErrorKind, classify
+from backends.faults.ballast import HostBallast
+from backends.faults.cgroup import CgroupUnavailable, MemoryCgroup
 from qualification.host import MB, Hosted
 from qualification.judge import Judge
 from qualification.observe import counts, recovered, same_output, strategies, wait_for_event, wait_until
@@ -43,6 +50,7 @@ from qualification.subject import (
     Result,
     Subject,
 )
+from qualification.survival import PAUSE_S, Killing, Toll, Unfinished, stop_and_go
 
 SECOND = 16_000
 NewBackend = Callable[[int], Backend]
@@ -350,65 +358,362 @@ class TestDataPreservation:
         judge("overlaps", overlaps, fault=record)
         judge("answers_wrong", wrong(results, expected, same_output(second)), fault=record)
 
-    def test_kill_during_recording(
-        self,
-        hosted: Callable[..., Hosted],
-        backend: Backend,
-        new_subject: NewSubject,
-        stream: Stream,
-        parameter: Parameter,
-        progress: NewProgress,
-        judge: Judge,
-    ) -> None:
-        """SIGKILL of the recording process at random moments, then resume.
+    def test_kill_during_recording(self, survive_kills: SurviveKills) -> None:
+        """Worker or host killed at random moments while recording, then resume.
 
         Pass criteria:
         - Nothing acknowledged lost
         - At most the one call in flight stored beyond
         - Every stored sample bit for bit
         - Results tile what was stored
+        - Every answer right
+        - No process left behind
+        - First right result after a worker's death within 5 s (median)
+        - First right result after a worker's death within 30 s (worst)
         """
-        chance = random.Random(int(parameter("seed")))
-        kills, block = int(parameter("kills")), SECOND // 10
-        lost = unexplained = different = untiled_places = killed = recorded = 0
-        acknowledged = 0
-        live = progress(None)
-        for i in range(kills):
-            host = hosted(stop=10_000 * SECOND, block_samples=block, pause_s=0.002)
-            # Most while it records; every fourth at any moment, start-up included.
-            if i % 4:
-                host.wait_for("ready", 30)
-                host.read(chance.uniform(0.01, 0.4))
-            else:
-                host.read(chance.uniform(0.05, 0.8))
-            host.kill()
-            # A kill before anything new was acknowledged proves nothing about what is acknowledged.
-            began = next((line["accepted"] for line in host.lines if "ready" in line), acknowledged)
-            newly = max(host.all("accepted"), default=0) > max(acknowledged, began)
-            killed += host.process.returncode == -9
-            recorded += host.process.returncode == -9 and newly
-            acknowledged = max([acknowledged, *host.all("accepted")])
-            subject = new_subject(backend)
-            kept = recovered(subject)
-            if kept is None:
-                pytest.skip("not run: the subject has no recovered(), so what it kept cannot be compared")
-            lost = max(lost, acknowledged - len(kept))
-            unexplained = max(unexplained, len(kept) - acknowledged - block)
-            different += stream.different(kept)
-            subject.drain(60)
-            results = subject.results()
-            untiled_places += sum(untiled(results, len(kept))) + (unanswered(results, len(kept)) > 0)
-            acknowledged = len(kept)
-            subject.close()
-            live.update(text=f"{i + 1} of {kills} kills, {acknowledged} samples kept")
+        survive_kills()
+
+    @pytest.mark.slow
+    def test_kill_during_recording_soak(self, survive_kills: SurviveKills) -> None:
+        """The same a thousand times. A run that is cut off goes on where it ended.
+
+        Pass criteria:
+        - Nothing acknowledged lost
+        - At most the one call in flight stored beyond
+        - Every stored sample bit for bit
+        - Results tile what was stored
+        - Every answer right
+        - No process left behind
+        - First right result after a worker's death within 5 s (median)
+        - First right result after a worker's death within 30 s (worst)
+        """
+        survive_kills()
+
+
+SurviveKills = Callable[[], None]
+KILLS_A_ROUND = 10
+
+
+@pytest.fixture
+def survive_kills(
+    hosted: Callable[..., Hosted],
+    backend: Backend,
+    new_subject: NewSubject,
+    stream: Stream,
+    parameter: Parameter,
+    undisturbed: Undisturbed,
+    unfinished: Callable[..., Unfinished],
+    progress: NewProgress,
+    judge: Judge,
+) -> SurviveKills:
+    """Kill worker or host again and again, a new recording every ten kills, and judge what that cost."""
+    kills, seed = int(parameter("kills")), int(parameter("seed"))
+
+    def one_round(number: int, count: int) -> Toll:
+        folder = f"kills-{number}"
+        killing = Killing(hosted, folder, random.Random(1_000_000 * seed + number))
+        for _ in range(count):
+            killing.kill()
+        acknowledged, toll = killing.finish(), killing.toll
+        subject = new_subject(backend, workdir=folder)
+        kept = recovered(subject)
+        if kept is None:
+            pytest.skip("not run: the subject has no recovered(), so what it kept cannot be compared")
+        subject.drain(60)
+        results = list(subject.results())
+        subject.close()
+        toll.lost = max(toll.lost, acknowledged - len(kept))
+        toll.different = stream.different(kept)
+        toll.untiled = sum(untiled(results, len(kept))) + (unanswered(results, len(kept)) > 0)
+        toll.wrong = wrong(results, undisturbed(len(kept)), same_output(subject))
+        return toll
+
+    def survive() -> None:
+        done, live, rounds = unfinished(kills=kills, seed=seed), progress(None), -(-kills // KILLS_A_ROUND)
+        tolls: list[Toll] = []
+        for number in range(rounds):
+            if str(number) not in done.rounds:
+                done.keep(str(number), asdict(one_round(number, min(KILLS_A_ROUND, kills - number * KILLS_A_ROUND))))
+            tolls.append(Toll(**done.rounds[str(number)]))
+            killed = sum(each.kills for each in tolls)
+            live.update(text=f"{killed} of {kills} kills, {sum(each.lost for each in tolls)} samples lost")
         live.done()
-        fired = recorded if 2 * recorded >= kills else 0
-        detail = f"seed {parameter('seed'):.0f}, {killed} killed, {recorded} of them while they recorded"
-        record = FaultRecord(kills, fired, 0, Provenance.KILLED if fired else None, detail)
-        judge("samples_lost", max(0, lost), fault=record)
-        judge("samples_unexplained", max(0, unexplained), fault=record)
-        judge("samples_different", different, fault=record)
-        judge("gaps_and_overlaps", untiled_places, fault=record)
+        done.done()
+        judge_kills(judge, sum(tolls, Toll()), seed)
+
+    return survive
+
+
+def judge_kills(judge: Judge, toll: Toll, seed: int) -> None:
+    """Judge what kills cost. Most of them have to come while something is recorded."""
+    fired = toll.while_recording if 2 * toll.while_recording >= toll.kills else 0
+    detail = (
+        f"seed {seed}, {toll.workers_killed} workers and {toll.hosts_killed} hosts killed, {fired} while they recorded"
+    )
+    record = FaultRecord(toll.kills, fired, 0, Provenance.KILLED if fired else None, detail)
+    judge("samples_lost", max(0, toll.lost), fault=record)
+    judge("samples_unexplained", max(0, toll.unexplained), fault=record)
+    judge("samples_different", toll.different, fault=record)
+    judge("gaps_and_overlaps", toll.untiled, fault=record)
+    judge("answers_wrong", toll.wrong, fault=record)
+    judge("orphans", toll.orphans, fault=record)
+    if toll.first_answers_s:
+        waits = {"first right results": [(float(i), wait_s) for i, wait_s in enumerate(toll.first_answers_s)]}
+        judge("first_answer_median", statistics.median(toll.first_answers_s), fault=record, series=waits)
+        judge("first_answer_worst", max(toll.first_answers_s), fault=record)
+    judge.end("not_run", "the subject has no worker process that could be killed")
+
+
+@pytest.mark.oom
+@pytest.mark.recovery
+class TestProcessSurvival:
+    """Does it survive what no except block catches?"""
+
+    @pytest.mark.needs("runtime_crash")
+    def test_worker_hang(
+        self, backend: Backend, new_subject: NewSubject, stream: Stream, undisturbed: Undisturbed, judge: Judge
+    ) -> None:
+        """A call into the runtime that never returns.
+
+        Pass criteria:
+        - Hang detected
+        - User notified
+        - First right result within 30 s of the hang
+        - Every answer right
+        """
+        stops = (8 * SECOND, 24 * SECOND)
+        expected = undisturbed(*stops)
+        subject = new_subject(backend)
+        require_worker(subject)
+        stream.feed(subject, 0, stops[0])
+        subject.drain(60)
+        before = set(subject.process_ids())
+        with backend.arm(FaultPlan(Site.RUNTIME_HANG, disarm_after_s=600)) as fault:
+            stream.feed(subject, *stops)
+            wait_until(partial(has_fired, fault), 10)
+            hung_s = time.monotonic()
+            wait_until(lambda: subject.results()[-1].stop > stops[0], 60)
+            first_s = time.monotonic() - hung_s
+            subject.drain(60)
+            record = fault.record()
+        told = counts(subject)
+        judge("hangs_undetected", before <= set(subject.process_ids()), fault=record)
+        judge("notifications", min(told["worker_lost"], told["recovered"]), fault=record)
+        judge("first_answer", first_s, fault=record)
+        judge("answers_wrong", wrong(subject.results(), expected, same_output(subject)), fault=record)
+
+    def test_suspend_and_resume(
+        self,
+        hosted: Callable[..., Hosted],
+        backend: Backend,
+        new_subject: NewSubject,
+        stream: Stream,
+        undisturbed: Undisturbed,
+        judge: Judge,
+    ) -> None:
+        """SIGSTOP and SIGCONT: of everything, as when a laptop sleeps, and of the worker alone.
+
+        Pass criteria:
+        - No worker replaced for having slept with its host
+        - A worker that alone does not wake up is replaced
+        - Nothing acknowledged lost
+        - Every answer right
+        """
+        host = hosted("suspended", until_told=True, block_samples=SECOND // 10, pause_s=PAUSE_S)
+        host.wait_for("ready", 60)
+        host.read(0.3)
+        workers = host.workers()
+        if not workers:
+            pytest.skip("not run: the subject runs the model in its own process")
+        # Longer than any sign of life is waited for.
+        stopped = stop_and_go([psutil.Process(host.process.pid), *workers], SLEEP_S)
+        host.read(0.5)
+        replaced = sum(worker not in host.workers() for worker in workers)
+        workers = host.workers()
+        for worker in workers:
+            worker.suspend()
+        stopped += len(workers)
+        # Its replacement begins to answer while it still does not wake up.
+        woken = wait_until(lambda: host.read(0.05) and not set(workers) & set(host.workers()), 60)
+        for worker in workers:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                worker.kill()
+        host.order("stop")
+        status = host.end(60)
+        record = FaultRecord(
+            stopped, stopped, 0, Provenance.KILLED if stopped else None, f"{stopped} processes stopped"
+        )
+        acknowledged = max(host.all("accepted"))
+        subject = new_subject(backend, workdir="suspended")
+        subject.drain(60)
+        results = subject.results()
+        judge("workers_replaced", replaced, fault=record)
+        judge("sleepers_undetected", not woken, fault=record)
+        judge("samples_lost", unanswered(results, acknowledged) + (status != 0), fault=record)
+        judge("answers_wrong", wrong(results, undisturbed(acknowledged), same_output(subject)), fault=record)
+
+    def test_oom_killer(
+        self,
+        hosted: Callable[..., Hosted],
+        backend: Backend,
+        new_subject: NewSubject,
+        stream: Stream,
+        undisturbed: Undisturbed,
+        parameter: Parameter,
+        progress: NewProgress,
+        judge: Judge,
+    ) -> None:
+        """The kernel's OOM killer, in a memory cgroup, while recording (20 times).
+
+        Pass criteria:
+        - The worker dies each time
+        - The host never dies
+        - Nothing acknowledged lost
+        - Results tile what was stored
+        - Every answer right
+        - First right result after a worker's death within 5 s (median)
+        - First right result after a worker's death within 30 s (worst)
+        """
+        kills, first_answers_s, died = int(parameter("kills")), list[float](), 0
+        with contextlib.ExitStack() as stack:
+            try:
+                cgroup = stack.enter_context(MemoryCgroup())
+                # Whatever happens, the cgroup is empty when it is removed.
+                host = hosted(
+                    "killed",
+                    until_told=True,
+                    block_samples=SECOND // 10,
+                    pause_s=PAUSE_S,
+                    volunteers=False,
+                    # A subject that sees it coming may stop in order before: here it is to meet the OOM killer.
+                    policy={"shutdown": 1.0},
+                )
+                stack.callback(host.close)
+                cgroup.add(host.process.pid)
+            except CgroupUnavailable as reason:
+                pytest.skip(f"not run: {reason}")
+            host.wait_for("ready", 60)
+            live = progress(None)
+            for i in range(kills):
+                workers = host.workers()
+                if not workers:
+                    pytest.skip("not run: the subject runs the model in its own process")
+                before = cgroup.oom_kills()
+                cgroup.limit(cgroup.used_bytes() + OOM_HEADROOM_BYTES)
+                # A little early: the neighbour has to start first.
+                killed_s = time.monotonic()
+                # Larger than what is free by less than a worker holds: one death is enough. The neighbour may die as
+                # well, of a new worker that has not volunteered yet.
+                with contextlib.suppress(RuntimeError), HostBallast(OOM_NEIGHBOUR_BYTES, 60, cgroup.processes_path):
+                    pass
+                cgroup.limit(1 << 40)
+                died += cgroup.oom_kills() > before and not set(workers) <= set(host.workers())
+                host.order("watch")
+                first_answers_s.append(host.wait_for("first_answer_s", 60, i + 1) - killed_s)
+                live.update(cgroup.used_bytes(), text=f"{i + 1} of {kills} kills, {died} workers died")
+            live.done()
+            oom_kills = cgroup.oom_kills()
+            host.order("stop")
+            status = host.end(60)
+        acknowledged = max(host.all("accepted"))
+        subject = new_subject(backend, workdir="killed")
+        subject.drain(60)
+        results = subject.results()
+        provenance = Provenance.EXHAUSTED if died else None
+        record = FaultRecord(kills, oom_kills, 0, provenance, f"{oom_kills} counted by the kernel in the cgroup")
+        judge("workers_spared", kills - died, fault=record)
+        judge("host_deaths", status != 0, fault=record)
+        judge("samples_lost", unanswered(results, acknowledged), fault=record)
+        judge("gaps_and_overlaps", sum(untiled(results, acknowledged)), fault=record)
+        judge("answers_wrong", wrong(results, undisturbed(acknowledged), same_output(subject)), fault=record)
+        judge("first_answer_median", statistics.median(first_answers_s), fault=record)
+        judge("first_answer_worst", max(first_answers_s), fault=record)
+
+    @pytest.mark.needs("runtime_crash")
+    def test_poison_chunk(
+        self, backend: Backend, new_subject: NewSubject, stream: Stream, undisturbed: Undisturbed, judge: Judge
+    ) -> None:
+        """A piece of audio that the runtime dies of, every time.
+
+        Pass criteria:
+        - Only the poisoned second set aside
+        - Its audio kept, bit for bit
+        - Everything else answered, and right
+        - User notified
+        """
+        seconds, poisoned = 16, 6
+        audio = stream[0 : seconds * SECOND]
+        # Louder in one band than speech ever is, and over before the left context of the next second begins.
+        begin, length = poisoned * SECOND + SECOND // 10, 3 * SECOND // 10
+        audio[begin : begin + length] = np.sin(np.arange(length) * (2 * np.pi * 1_000 / SECOND)).astype(np.float32)
+        calm = new_subject(backend, workdir="calm")
+        calm.feed(0, audio)
+        calm.drain(60)
+        expected = [each for each in calm.results() if each.start != poisoned * SECOND]
+        calm.close()
+        subject = new_subject(backend)
+        require_worker(subject)
+        plan = FaultPlan(Site.RUNTIME_CRASH, times=None, input_above=POISON_LEVEL, disarm_after_s=600)
+        with backend.arm(plan) as fault:
+            subject.feed(0, audio)
+            subject.drain(100)
+            record = fault.record()
+        results, kept = subject.results(), recovered(subject)
+        if kept is None:
+            pytest.skip("not run: the subject has no recovered(), so what it kept cannot be compared")
+        aside = [each for each in results if each.output is None]
+        elsewhere = unanswered(results, len(audio)) - sum(each.stop - each.start for each in aside)
+        judge.say(f"set aside: {[(each.start, each.stop) for each in aside]}, {record.faults_fired} workers died of it")
+        judge("not_poisoned", sum(each.start // SECOND != poisoned for each in aside) + (not aside), fault=record)
+        judge(
+            "samples_different",
+            int(np.count_nonzero(kept != audio)) if len(kept) == len(audio) else len(audio),
+            fault=record,
+        )
+        judge("answers_wrong", wrong(results, expected, same_output(subject)) + elsewhere, fault=record)
+        judge("notifications", counts(subject)["chunk_set_aside"], fault=record)
+
+    @pytest.mark.needs("runtime_crash")
+    def test_library_missing_at_first_inference(
+        self, backend: Backend, new_subject: NewSubject, stream: Stream, undisturbed: Undisturbed, judge: Judge
+    ) -> None:
+        """A library of the runtime that is found to be missing at the first inference, not at the start.
+
+        Pass criteria:
+        - Every sample answered, by the fallback
+        - Nothing set aside
+        - User notified
+        """
+        stop = 16 * SECOND
+        expected = undisturbed(stop)
+        subject = new_subject(backend)
+        device = subject.device()
+        with backend.arm(FaultPlan(Site.LIBRARY_MISSING, times=None, disarm_after_s=600)) as fault:
+            stream.feed(subject, 0, stop)
+            subject.drain(100)
+            record = fault.record()
+        results, told = subject.results(), counts(subject)
+        on_device = sum(each.device == device for each in results)
+        mistakes = wrong(results, expected, same_output(subject)) + unanswered(results, stop) + on_device
+        judge("answers_wrong", mistakes, fault=record)
+        judge("set_aside", sum(each.output is None for each in results), fault=record)
+        judge("notifications", min(told["device_error"], told["cpu_fallback"]), fault=record)
+
+
+#: Longer than the default pipeline waits for a sign of life from a worker at work.
+SLEEP_S = 6.0
+#: Free in the cgroup before the neighbour comes.
+OOM_HEADROOM_BYTES = 48 * MB
+#: Its interpreter takes a dozen MB besides; in all less than a worker gives back when it dies.
+OOM_NEIGHBOUR_BYTES = OOM_HEADROOM_BYTES + 2 * MB
+#: Natural log of mel energy: full scale at one frequency is above it, speech is not.
+POISON_LEVEL = 9.0
+
+
+def require_worker(subject: Subject) -> None:
+    """Do not run the rest where the model runs in the subject's own process: the test would not survive it."""
+    if set(subject.process_ids()) <= {os.getpid()}:
+        pytest.skip("not run: the subject runs the model in its own process")
 
 
 @pytest.mark.oom

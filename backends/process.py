@@ -21,10 +21,10 @@ def die_with_parent() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def volunteer_to_oom_killer() -> None:
-    """Make this process the OOM killer's first choice."""
+def volunteer_to_oom_killer(score: int = 1000) -> None:
+    """Make this process the OOM killer's first choice, or with a lower score one of the next."""
     with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
+        Path("/proc/self/oom_score_adj").write_text(str(score))
 
 
 def suppress_core_dumps() -> None:
@@ -32,11 +32,11 @@ def suppress_core_dumps() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def begin_as_child(parent: int, *, volunteers: bool = True) -> None:
+def begin_as_child(parent: int, *, oom_score: int = 1000) -> None:
     """Do all three; end at once when the parent ended before it could be watched."""
     die_with_parent()
     if os.getppid() != parent:
         os._exit(0)
-    if volunteers:
-        volunteer_to_oom_killer()
+    if oom_score:
+        volunteer_to_oom_killer(oom_score)
     suppress_core_dumps()

@@ -94,7 +94,7 @@ def main(argv: list[str]) -> int:
     from backends.faults.limits import declare_expendable
     from backends.process import begin_as_child
 
-    begin_as_child(parent, volunteers=job.volunteers)
+    begin_as_child(parent, oom_score=1000 if job.volunteers else 0)
     declare_expendable()
     try:
         return _run(job)

@@ -5,7 +5,7 @@ On a device it is made of the backend's own allocations. On the host it is a nei
     python -m backends.faults.ballast SIZE_BYTES SECONDS [CGROUP_PROCS]
 
 that touches its memory, volunteers to the OOM killer, and ends with its parent or at its time limit. In a cgroup of our
-own it is there to have others killed, and does not volunteer.
+own it is there to have a worker killed: it is the second choice only, and grows slowly, so that it is stopped in time.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -69,7 +70,8 @@ class HostBallast:
     def __init__(self, size_bytes: int, limit_s: float, cgroup_processes: Path | None = None) -> None:
         """Start the neighbour and wait until its memory is touched. Raises RuntimeError when it cannot hold it.
 
-        ``cgroup_processes`` is the file by which it enters a cgroup before it takes memory.
+        ``cgroup_processes`` is the file by which it enters a cgroup. There it takes 1 MiB a millisecond, and nobody
+        waits for it.
         """
         if size_bytes > spendable_bytes():
             raise RuntimeError(
@@ -119,12 +121,20 @@ def main(argv: list[str]) -> int:
     """Hold SIZE_BYTES for at most SECONDS."""
     size_bytes, limit_s = int(argv[0]), float(argv[1])
     parent = os.getppid()
-    begin_as_child(parent, volunteers=len(argv) < 3)
+    # In a cgroup: after a worker, and before its host.
+    begin_as_child(parent, oom_score=1000 if len(argv) < 3 else 300)
     if len(argv) > 2:
         Path(argv[2]).write_text(f"{os.getpid()}\n")
     signal.setitimer(signal.ITIMER_REAL, limit_s)
-    held = bytearray(b"\xa5") * size_bytes
-    print("held", flush=True)
+    held: list[bytearray] = []
+    if len(argv) > 2:
+        print("held", flush=True)
+        while len(held) * MIB < size_bytes:
+            held.append(bytearray(b"\xa5") * MIB)
+            time.sleep(0.001)
+    else:
+        held.append(bytearray(b"\xa5") * size_bytes)
+        print("held", flush=True)
     # The parent may have ended before it could be watched.
     while os.getppid() == parent and held:
         signal.sigtimedwait([signal.SIGTERM], 1.0)

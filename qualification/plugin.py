@@ -33,6 +33,8 @@ from qualification.survival import Unfinished
 
 #: A quick test that takes longer hangs. The sustained one, and the slow ones, have the two hours of the configuration.
 QUICK_TIMEOUT_S = 120
+#: Property of a report: why the test was not run.
+_NOT_RUN = "not run"
 _RUN = pytest.StashKey["Run"]()
 _JUDGE = pytest.StashKey[Judge]()
 _OWN_TESTS = (ROOT / "tests" / "unit", ROOT / "tests" / "meta")
@@ -241,7 +243,10 @@ def pytest_runtest_makereport(
             reason = getattr(report, "wasxfail", "") or (
                 report.longrepr[2] if isinstance(report.longrepr, tuple) else text
             )
-            judge.end("not_run", str(reason).removeprefix("reason: "))
+            for word in ("reason: ", "Skipped: ", "not run: "):
+                reason = str(reason).removeprefix(word)
+            judge.end("not_run", reason)
+            report.user_properties.append((_NOT_RUN, reason))
         else:
             judge.end("fail", f"the test ended before this was measured: {text}")
             # The promise says more than the traceback of the line that compared two numbers.
@@ -288,8 +293,8 @@ def _from_root(began_in: Path, path: str | Path) -> str:
 
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
-    """Show what the backend cannot do as what it is: not run."""
-    if report.when == "call" and report.skipped and hasattr(report, "wasxfail"):
+    """Show what the backend or the machine cannot do as what it is: not run."""
+    if report.skipped and _NOT_RUN in dict(report.user_properties):
         return "not run", "n", "NOT RUN"
     return None
 
@@ -297,7 +302,7 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """List what was not run, each with its reason, and where the records are."""
     for report in terminalreporter.stats.get("not run", []):
-        terminalreporter.write_line(f"NOT RUN {report.nodeid} - {report.wasxfail.removeprefix('reason: ')}")
+        terminalreporter.write_line(f"NOT RUN {report.nodeid} - {dict(report.user_properties)[_NOT_RUN]}")
     run = terminalreporter.config.stash.get(_RUN, None)
     if run is not None and run.records is not None:
         terminalreporter.write_line(f"records: {run.records.path}")

@@ -57,7 +57,7 @@ class Disk:
             else:
                 _mount("plimsoll", self.folder, "tmpfs", _NOSUID | _NODEV, f"size={self.size_bytes},mode=0700")
         except (OSError, AttributeError) as error:
-            raise StorageUnavailable(f"a disk of its own cannot be mounted for a process here ({error})") from error
+            raise StorageUnavailable(f"no disk can be mounted for one process here: {error}") from error
 
 
 class DiskOutside:
@@ -167,7 +167,10 @@ def _leave_namespace(may_be_root_of_its_own: bool) -> None:
         if not may_be_root_of_its_own:
             raise
         user, group = os.geteuid(), os.getegid()
-        _call("unshare", _NEW_MOUNTS | _NEW_USER)
+        try:
+            _call("unshare", _NEW_MOUNTS | _NEW_USER)
+        except OSError as error:
+            raise OSError(f"this needs root, or a kernel that lets users have namespaces: {error}") from error
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"{user} {user} 1")
         Path("/proc/self/gid_map").write_text(f"{group} {group} 1")

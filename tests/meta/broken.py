@@ -16,7 +16,7 @@ from protection.engine import InProcessEngine
 from protection.events import EventKind, Events
 from protection.pipeline import DictationPipeline
 from protection.policy import Policy
-from protection.spool import FloatArray, Result, Spool
+from protection.spool import AudioError, FloatArray, Result, Spool, SpoolError
 from protection.worker_engine import WorkerEngine
 
 healthy = ships.factory
@@ -105,6 +105,40 @@ class _LateSpool(Spool):
 
 def acknowledges_before_it_stores(context: Any) -> DictationPipeline:
     return _with(context, Spool=_LateSpool)
+
+
+class _BlindSpool(Spool):
+    """Takes an error of the disk for success: nothing is stored from there on, and all is acknowledged."""
+
+    def append(self, start: int, samples: FloatArray) -> int:
+        try:
+            return super().append(start, samples)
+        except (SpoolError, AudioError):
+            return start + len(samples)
+
+
+def acknowledges_what_it_cannot_store(context: Any) -> DictationPipeline:
+    return _with(context, Spool=_BlindSpool)
+
+
+class _HopefulSpool(Spool):
+    """Does so with the first error only, and stores silence in its place when there is room."""
+
+    hopeful = True
+
+    def append(self, start: int, samples: FloatArray) -> int:
+        silence = np.zeros(max(0, start - self.accepted), np.float32)
+        try:
+            return super().append(start - len(silence), np.concatenate([silence, samples]))
+        except SpoolError:
+            if not self.hopeful:
+                raise
+            self.hopeful = False
+            return start + len(samples)
+
+
+def acknowledges_the_block_that_meets_the_full_disk(context: Any) -> DictationPipeline:
+    return _with(context, Spool=_HopefulSpool)
 
 
 class _LeakyPipeline(DictationPipeline):

@@ -27,6 +27,7 @@ STRATEGIES = f"{RECOVERY}::TestGracefulDegradation::test_progressive_recovery_st
 BUFFER = f"{RECOVERY}::TestDataPreservation::test_audio_buffer_preservation"
 STATE = f"{RECOVERY}::TestDataPreservation::test_transcription_state_preservation"
 KILL = f"{RECOVERY}::TestDataPreservation::test_kill_during_recording"
+FILE_SIZE = f"{RECOVERY}::TestStorageFailure::test_file_size_limit_while_recording"
 
 DEFECTS = [
     ("drops_a_block", BUFFER, {"samples_different"}),
@@ -44,6 +45,8 @@ DEFECTS = [
     ("accepts_nothing", KILL, {"samples_lost"}),
     ("tells_of_a_shutdown_only", TRIGGER, {"exit_status"}),
     ("leaves_a_process_behind", TRIGGER, {"left_behind"}),
+    ("acknowledges_what_it_cannot_store", FILE_SIZE, {"refusals", "samples_lost"}),
+    ("acknowledges_the_block_that_meets_the_full_disk", FILE_SIZE, {"samples_different"}),
 ]
 
 
@@ -115,6 +118,24 @@ def test_what_a_backend_cannot_do_is_not_run_and_says_why(tmp_path: Path) -> Non
     assert all("CUDA" in each["reason"] for each in run.criteria), (
         f"reasons: {[each['reason'] for each in run.criteria]}"
     )
+
+
+SKIPPING = """
+import pytest
+
+def test_full_disk_while_recording(judge):
+    pytest.skip("not run: no disk to spare")
+"""
+
+
+def test_what_the_machine_cannot_do_is_not_run_and_says_why(tmp_path: Path) -> None:
+    path = tmp_path / "test_arranged.py"
+    path.write_text(SKIPPING)
+    run = qualify(tmp_path / "r", "-c", "pytest_memory.ini", str(path))
+    line = next((line for line in run.output.splitlines() if line.startswith("NOT RUN")), "")
+    assert line.endswith("::test_full_disk_while_recording - no disk to spare"), run.output[-2000:]
+    found = {(each["verdict"], each["reason"]) for each in run.criteria}
+    assert found == {("not_run", "no disk to spare")}, f"recorded are {found}"
 
 
 ARRANGED = """

@@ -8,6 +8,7 @@ As a script it is the stress harness: ``python tests/test_memory_protection.py -
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import sys
 import time
@@ -460,8 +461,10 @@ class TestEmergencyShutdown:
         - Resources cleaned up
         - Clean process exit (status 75)
         """
+        shared_before = shared_memory()
         host, status, record, below = self.starved(hosted, progress(None))
         left = {str(path) for path in host.temporary.iterdir()}
+        left |= shared_memory() - shared_before
         left |= {str(pid) for pid in host.last("process_ids") or [] if Path(f"/proc/{pid}").exists()}
         left |= {str(path) for path in tmp_path.rglob("*") if path.name.endswith(("-wal", "-shm", "-journal", ".tmp"))}
         # What ends with its parent takes a moment to do so.
@@ -506,6 +509,19 @@ class TestEmergencyShutdown:
         judge("samples_unsaved", max(0, accepted - len(kept)), fault=record)
         judge("samples_different", stream.different(kept), fault=record)
         judge("samples_unanswered", unanswered(subject.results(), len(kept)), fault=record)
+
+
+def shared_memory() -> set[str]:
+    """List this user's shared memory that has a name and nobody else's: POSIX files, and System V segments."""
+    files = Path("/dev/shm").iterdir() if Path("/dev/shm").is_dir() else ()
+    found = set()
+    for path in files:
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_uid == os.getuid():
+                found.add(str(path))
+    segments = Path("/proc/sysvipc/shm")
+    lines = segments.read_text().splitlines()[1:] if segments.is_file() else []
+    return found | {f"System V segment {line.split()[1]}" for line in lines if int(line.split()[7]) == os.getuid()}
 
 
 def capped(record: FaultRecord) -> FaultRecord:

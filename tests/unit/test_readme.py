@@ -378,7 +378,8 @@ def test_the_example_reads_records(
 def test_the_fields_of_a_record_are_all_named() -> None:
     first, criterion = DOCS["read-the-records"].split("**Then a line for each criterion")
     named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"(?m)^\| (`.+?) \|", first))))
-    written = set(re.findall(r'(?m)^ {12}"(\w+)": ', inspect.getsource(Run._about)))
+    source = inspect.getsource(Run._about) + inspect.getsource(Run.identity)
+    written = set(re.findall(r'(?m)^ {12}"(\w+)": ', source))
     assert named == written | {"schema_version", "stress"}
     named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"(?m)^\| (`.+?) \|", criterion))))
     assert named == set(inspect.signature(RecordWriter.criterion).parameters) - {"self"}

@@ -31,6 +31,8 @@ _SCHEMA_VERSION = 1
 _PAGE_BYTES = 4096
 #: Of a limited spool; answers take a tenth of what their audio takes.
 _AUDIO_SHARE = 0.85
+#: Blocks that the retention rule deletes in one transaction.
+_FORGOTTEN_AT_ONCE = 32
 _WAV_MOST_SAMPLES = ((1 << 32) - 64) // 2
 _SAFE = "what was accepted before is safe"
 _NOT_ACCEPTED = f"{_SAFE}, what this call brought was not accepted"
@@ -232,10 +234,10 @@ class SpoolView:
         begin, stop, rate_hz = self.kept_from, self.accepted, self.sample_rate_hz
         if stop - begin > _WAV_MOST_SAMPLES:
             raise SpoolError(f"the recording has {stop - begin} samples: a WAV holds at most {_WAV_MOST_SAMPLES}")
-        path = path.resolve()
-        if path.exists() and not path.is_file():
-            raise SpoolError(f"{path} is not a file: name a WAV that can be replaced")
         try:
+            path = path.resolve()
+            if path.exists() and not path.is_file():
+                raise SpoolError(f"{path} is not a file: name a WAV that can be replaced")
             with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
                 try:
                     with wave.open(file, "wb") as out:
@@ -366,6 +368,9 @@ class Spool(SpoolView):
             self._db.execute("PRAGMA journal_mode = WAL")
             # FULL: a commit is on the disk when it returns, whatever happens to the machine.
             self._db.execute("PRAGMA synchronous = FULL")
+            # A short log: what is in it needs its room twice, and a full disk must not be met when it is copied.
+            self._db.execute(f"PRAGMA wal_autocheckpoint = {storage.LOG_PAGES}").fetchall()
+            self._db.execute(f"PRAGMA journal_size_limit = {storage.LOG_PAGES * _PAGE_BYTES}").fetchall()
             # Deleted audio is overwritten, not only forgotten.
             self._db.execute("PRAGMA secure_delete = ON")
             if limit_bytes is not None:
@@ -478,14 +483,22 @@ class Spool(SpoolView):
             # What has no answer is kept, to be listened to.
             unheard = self._scalar("SELECT COALESCE(MIN(start), ?) FROM results WHERE scores IS NULL", self._answered)
             keep_from = min(self._answered - context_samples, unheard)
-            row = self._db.execute(
-                "SELECT MAX(stop) FROM blocks WHERE stop <= ? AND stored_s < ?", (keep_from, time.time() - older_than_s)
-            ).fetchone()
-            if row[0] is not None:
+            deleted = False
+            while True:
+                # A few at a time: what is overwritten goes through the log, and on a full disk there is little room for it.
+                row = self._db.execute(
+                    "SELECT MAX(stop) FROM (SELECT stop, stored_s FROM blocks ORDER BY start LIMIT ?) "
+                    "WHERE stop <= ? AND stored_s < ?",
+                    (_FORGOTTEN_AT_ONCE, keep_from, time.time() - older_than_s),
+                ).fetchone()
+                if row[0] is None:
+                    break
                 with self._transaction():
                     self._db.execute("DELETE FROM blocks WHERE stop <= ?", (row[0],))
                     self._set_meta("kept_from", row[0])
                 self._unsure = False
+                deleted = True
+            if deleted:
                 # The log before the file has what was deleted, too.
                 self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
             return self.kept_from

@@ -32,7 +32,7 @@ from qualification.subject import DEFAULT_SUBJECT, Result, Subject, SubjectConte
 from qualification.survival import Unfinished
 
 #: A quick test that takes longer hangs. The sustained one, and the slow ones, have the two hours of the configuration.
-QUICK_TIMEOUT_S = 120
+QUICK_TIMEOUT_S = 300
 #: Property of a report: why the test was not run.
 _NOT_RUN = "not run"
 _RUN = pytest.StashKey["Run"]()

@@ -277,14 +277,18 @@ class _Patience:
         self._heard_s = self._clock.read_s()
 
     def __call__(self, end: socket.socket, write: bool) -> None:
-        while not until(end, write, AwakeClock.STEP_S):
+        while True:
+            can = until(end, write, AwakeClock.STEP_S)
             now_s = self._clock.read_s()
+            # Something that comes is not yet an answer: signs of life do not put the deadline off.
             if now_s > self._deadline_s:
                 raise _Impatient(f"no answer within {self._deadline_s:g} s")
-            if now_s - self._heard_s > self._silence_s:
-                raise _Impatient(f"no sign of life for {self._silence_s:g} s")
             if self._worker.cancelled:
                 raise _Impatient("it was not waited for any longer")
+            if can:
+                return
+            if now_s - self._heard_s > self._silence_s:
+                raise _Impatient(f"no sign of life for {self._silence_s:g} s")
 
 
 def _refuse(end: socket.socket, write: bool) -> None:

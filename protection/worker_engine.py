@@ -164,6 +164,7 @@ class Worker:
                         f"an answer to request {frame.number} came, {number} was asked: it answered twice"
                     )
                 break
+            failure = _failure(frame)
         except (Ended, OSError):
             raise self._lost("died", "") from None
         except TornMessage as why:
@@ -172,7 +173,13 @@ class Worker:
             raise self._lost(cause, str(why)) from None
         except _Impatient as why:
             raise self._lost("hung", str(why)) from None
-        return _checked(frame)
+        if failure is not None:
+            raise failure
+        return frame
+
+    def broke(self, why: str) -> WorkerLost:
+        """End it for an answer that is none, and give the error to raise."""
+        return self._lost("broke the protocol", why)
 
     def _outlives(self, timeout_s: float) -> bool:
         try:
@@ -202,11 +209,14 @@ class Worker:
                 while (frame := self._side.receive(wait)).number != number:
                     # The answer to a question that was given up.
                     pass
+                failure = _failure(frame)
             except (Ended, TornMessage, OSError) as error:
                 if isinstance(error, TimeoutError):
                     raise
                 raise ConnectionError(f"worker {self.process_id} is gone: {error}") from None
-            return number, _checked(frame).meta
+        if failure is not None:
+            raise failure
+        return number, frame.meta
 
     def cancel(self) -> None:
         """Kill it from another thread: whoever waits for it gets WorkerLost."""
@@ -324,15 +334,31 @@ def _launch(descriptors: tuple[int, ...], hidden: Mapping[str, str]) -> tuple[Ch
     return Channel(work), Channel(side), stderr, process
 
 
-def _checked(frame: Frame) -> Frame:
-    """Raise what failed in the worker."""
+def _failure(frame: Frame) -> Exception | None:
+    """Give what failed in the worker, if it did. Raises TornMessage for what is neither an answer nor a failure."""
+    if frame.kind is Kind.ANSWER:
+        return None
     if frame.kind is not Kind.FAILURE:
-        return frame
+        raise TornMessage(f"a {frame.kind.name} came for an answer")
     meta = frame.meta
-    if meta["refused"]:
-        refusal = getattr(contract, meta["error"], BackendError)
-        raise refusal(meta["text"])
-    raise RuntimeFailure(ErrorKind(meta["kind"]), f"{meta['error']}: {meta['text']}")
+    try:
+        if meta["refused"]:
+            refusal: type[Exception] = getattr(contract, meta["error"], BackendError)
+            return refusal(meta["text"])
+        return RuntimeFailure(ErrorKind(meta["kind"]), f"{meta['error']}: {meta['text']}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise TornMessage(f"a failure without its reason came ({type(error).__name__}: {error})") from error
+
+
+def _scores(answer: Frame, chunks: int) -> FloatArray:
+    """Give the scores in an answer about so many chunks. Raises TornMessage for what is none."""
+    try:
+        scores = np.frombuffer(answer.body, np.float32).reshape(answer.meta["shape"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise TornMessage(f"scores without their shape came ({type(error).__name__}: {error})") from error
+    if scores.ndim != 3 or len(scores) != chunks:
+        raise TornMessage(f"scores of shape {list(scores.shape)} came for {chunks} chunks")
+    return scores
 
 
 def _how(status: int) -> str:
@@ -521,6 +547,10 @@ class WorkerEngine:
             if worker is None:
                 worker = self._start_fallback() if self._degraded else self._start_device()
             answer = worker.work("infer", self._deadlines.infer_s, {"shape": features.shape}, features.data)
+            try:
+                scores = _scores(answer, len(features))
+            except TornMessage as why:
+                raise worker.broke(str(why)) from None
         except RuntimeFailure as error:
             if error.kind in (ErrorKind.PROCESS_LOST, ErrorKind.DEVICE_STICKY):
                 # After a sticky error every later call in that process fails: it is as good as dead.
@@ -528,7 +558,7 @@ class WorkerEngine:
                 self.lost = True
             raise
         self.lost = False
-        return np.frombuffer(answer.body, np.float32).reshape(answer.meta["shape"])
+        return scores
 
     def release_cached(self) -> None:
         """Give cached memory back in the worker that is in use."""

@@ -146,8 +146,8 @@ class Worker:
         number = next(self._numbers)
         try:
             self._work.send(Kind.REQUEST, number, {"do": do, **meta}, body, patience)
-        except (Ended, OSError):
-            raise self._lost("died", "") from None
+        except (Ended, OSError) as why:
+            raise self._lost("died", str(why)) from None
         except _Impatient as why:
             raise self._lost("hung", str(why)) from None
         return number
@@ -165,8 +165,8 @@ class Worker:
                     )
                 break
             failure = _failure(frame)
-        except (Ended, OSError):
-            raise self._lost("died", "") from None
+        except (Ended, OSError) as why:
+            raise self._lost("died", str(why)) from None
         except TornMessage as why:
             # A process that was killed while it wrote leaves half a message: that is a death.
             cause = "died" if not self._outlives(0.2) else "broke the protocol"
@@ -247,6 +247,8 @@ class Worker:
     def _lost(self, cause: str, why: str) -> WorkerLost:
         """End what is left of it, and say how it ended."""
         died = cause == "died" and not self._outlives(1.0)
+        if cause == "died" and not died:
+            cause, why = "broke the protocol", f"it closed its connection and lived on ({why})"
         with self._ended:
             first = not self._reaped
             self._reaped = True

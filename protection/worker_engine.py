@@ -90,6 +90,8 @@ class Worker:
         self._ended = threading.Lock()
         self._reaped = False
         self._cancelled = False
+        #: What was wrong with its answers about the device.
+        self._garbled = ""
         #: Number of the first request, until its answer is there.
         self._starting = 0
         self.loaded: Mapping[str, Any] = {}
@@ -210,9 +212,14 @@ class Worker:
                     # The answer to a question that was given up.
                     pass
                 failure = _failure(frame)
-            except (Ended, TornMessage, OSError) as error:
-                if isinstance(error, TimeoutError):
-                    raise
+            except TimeoutError:
+                raise
+            except TornMessage as error:
+                # Whoever asks it for work next is told.
+                self._garbled = str(error)
+                self._process.kill()
+                raise ConnectionError(f"worker {self.process_id} is not believed any more: {error}") from None
+            except (Ended, OSError) as error:
                 raise ConnectionError(f"worker {self.process_id} is gone: {error}") from None
         if failure is not None:
             raise failure
@@ -249,6 +256,8 @@ class Worker:
         died = cause == "died" and not self._outlives(1.0)
         if cause == "died" and not died:
             cause, why = "broke the protocol", f"it closed its connection and lived on ({why})"
+        if self._garbled:
+            died, cause, why = False, "broke the protocol", self._garbled
         with self._ended:
             first = not self._reaped
             self._reaped = True

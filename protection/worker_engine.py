@@ -110,6 +110,11 @@ class Worker:
         return int(self._process.pid)
 
     @property
+    def ended(self) -> bool:
+        """Whether it was ended from here."""
+        return self._reaped
+
+    @property
     def alive(self) -> bool:
         """Whether the process runs, or is stopped."""
         return not self._reaped and self._process.poll() is None
@@ -152,6 +157,10 @@ class Worker:
             raise self._lost("died", str(why)) from None
         except _Impatient as why:
             raise self._lost("hung", str(why)) from None
+        except BaseException:
+            # Ctrl-C, or no memory here. What would come next is the answer to this.
+            self.end()
+            raise
         return number
 
     def _receive(self, number: int, patience: _Patience) -> Frame:
@@ -175,6 +184,9 @@ class Worker:
             raise self._lost(cause, str(why)) from None
         except _Impatient as why:
             raise self._lost("hung", str(why)) from None
+        except BaseException:
+            self.end()
+            raise
         if failure is not None:
             raise failure
         return frame
@@ -553,7 +565,7 @@ class WorkerEngine:
         if self._closed:
             raise EngineError("the engine was closed")
         features = np.ascontiguousarray(features, np.float32)
-        worker = self._fallback if self._degraded else self._device
+        worker = self._in_use()
         try:
             if worker is None:
                 worker = self._start_fallback() if self._degraded else self._start_device()
@@ -570,6 +582,14 @@ class WorkerEngine:
             raise
         self.lost = False
         return scores
+
+    def _in_use(self) -> Worker | None:
+        worker = self._fallback if self._degraded else self._device
+        if worker is not None and worker.ended:
+            # A wait for it was interrupted.
+            self._drop(worker)
+            return None
+        return worker
 
     def release_cached(self) -> None:
         """Give cached memory back in the worker that is in use."""

@@ -192,6 +192,10 @@ class _Worker:
         from dataclasses import asdict
 
         meta, backend = request.meta, self._require_backend()
+        for number in meta["unwanted"]:
+            held = self._held.pop(number, None)
+            if held is not None:
+                held.free()
         match meta["do"]:
             case "memory":
                 return asdict(backend.memory()), b""
@@ -200,9 +204,6 @@ class _Worker:
                 self._held[request.number] = backend.allocate(meta["size_bytes"])
                 return {}, b""
             case "free":
-                held = self._held.pop(meta["number"], None)
-                if held is not None:
-                    held.free()
                 return {}, b""
             case "release":
                 return {"released": backend.release_cached()}, b""

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -29,7 +30,7 @@ from backends import contract
 from backends.contract import Allocation, Backend, BackendError, FloatArray, Health, MemoryReading, Share
 from backends.errors import ErrorKind, RuntimeFailure
 from backends.model import N_MELS, ModelSpec
-from protection.channel import AwakeClock, Channel, Ended, Frame, Kind, TornMessage, until
+from protection.channel import AwakeClock, Channel, Ended, Frame, Kind, TornMessage, Wait, until
 from protection.engine import EngineError
 from protection.worker import EXIT_HOST_SILENT, boot
 
@@ -87,6 +88,8 @@ class Worker:
         self._numbers = itertools.count(1)
         self._side_numbers = itertools.count(1)
         self._side_lock = threading.Lock()
+        #: Numbers of what it holds that nobody refers to any more.
+        self._unwanted: deque[int] = deque()
         self._ended = threading.Lock()
         self._reaped = False
         self._cancelled = False
@@ -217,9 +220,8 @@ class Worker:
             if self._reaped:
                 raise ConnectionError(f"worker {self.process_id} is gone")
             self._shorten_stderr()
-            number = next(self._side_numbers)
             try:
-                self._side.send(Kind.REQUEST, number, {"do": do, **meta}, b"", wait)
+                number = self._send_side(do, meta, wait)
                 while (frame := self._side.receive(wait)).number != number:
                     # The answer to a question that was given up.
                     pass
@@ -236,6 +238,25 @@ class Worker:
         if failure is not None:
             raise failure
         return number, frame.meta
+
+    def _send_side(self, do: str, meta: Mapping[str, Any], wait: Wait) -> int:
+        number = next(self._side_numbers)
+        unwanted = [self._unwanted.popleft() for _ in range(len(self._unwanted))]
+        self._side.send(
+            Kind.REQUEST, number, {"do": do, **meta, "unwanted": [*unwanted, *meta.get("unwanted", ())]}, b"", wait
+        )
+        return number
+
+    def forget(self, number: int) -> None:
+        """Have it free what a question took, without waiting: the collector calls this from anywhere."""
+        self._unwanted.append(number)
+        # Held where this interrupts another question: then that, or the next, takes it along.
+        if self._side_lock.acquire(blocking=False):
+            try:
+                if not self._reaped:
+                    self._send_side("free", {}, _refuse)
+            finally:
+                self._side_lock.release()
 
     def cancel(self) -> None:
         """Kill it from another thread: whoever waits for it gets WorkerLost."""
@@ -407,11 +428,13 @@ class _Remote(Allocation):
         if worker is not None and worker.alive:
             # What a worker held that is gone now is free.
             with contextlib.suppress(ConnectionError):
-                worker.side("free", _BLOCKING_SIDE_S, number=self._number)
+                worker.side("free", _BLOCKING_SIDE_S, unwanted=[self._number])
 
     def __del__(self) -> None:
-        with contextlib.suppress(Exception):
-            self.free()
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            with contextlib.suppress(Exception):
+                worker.forget(self._number)
 
 
 class _DeviceElsewhere:

@@ -8,6 +8,7 @@ follows.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import itertools
 import os
@@ -38,6 +39,7 @@ from protection.worker import EXIT_HOST_SILENT, boot
 NO_ACCELERATOR = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "ROCR_VISIBLE_DEVICES": ""}
 _STDERR_MOST_BYTES = 1 << 20
 _STDERR_SHOWN_BYTES = 500
+_PUNCH_HOLE_KEEP_SIZE = 3
 _SIDE_S = 2.0
 _BLOCKING_SIDE_S = 30.0
 _END_S = 0.5
@@ -219,7 +221,7 @@ class Worker:
         with self._side_lock:
             if self._reaped:
                 raise ConnectionError(f"worker {self.process_id} is gone")
-            self._shorten_stderr()
+            self.shorten_stderr()
             try:
                 number = self._send_side(do, meta, wait)
                 while (frame := self._side.receive(wait)).number != number:
@@ -314,9 +316,12 @@ class Worker:
         tail = os.pread(self._stderr, _STDERR_SHOWN_BYTES, max(0, size - _STDERR_SHOWN_BYTES))
         return " ".join(tail.decode(errors="replace").split())
 
-    def _shorten_stderr(self) -> None:
-        if os.fstat(self._stderr).st_size > _STDERR_MOST_BYTES:
-            os.ftruncate(self._stderr, 0)
+    def shorten_stderr(self) -> None:
+        """Give back the memory of what it said, but for its last words."""
+        stat = os.fstat(self._stderr)
+        if stat.st_blocks * 512 > _STDERR_MOST_BYTES:
+            # A hole, and not another length: it may be writing at this moment.
+            _make_hole(self._stderr, stat.st_size - _STDERR_SHOWN_BYTES)
 
 
 class _Patience:
@@ -333,6 +338,7 @@ class _Patience:
     def __call__(self, end: socket.socket, write: bool) -> None:
         while True:
             can = until(end, write, AwakeClock.STEP_S)
+            self._worker.shorten_stderr()
             now_s = self._clock.read_s()
             # Something that comes is not yet an answer: signs of life do not put the deadline off.
             if now_s > self._deadline_s:
@@ -343,6 +349,14 @@ class _Patience:
                 return
             if now_s - self._heard_s > self._silence_s:
                 raise _Impatient(f"no sign of life for {self._silence_s:g} s")
+
+
+def _make_hole(descriptor: int, size_bytes: int) -> None:
+    """Give the memory of a file's first bytes back, and keep its length: fallocate(2), which Python does not have."""
+    with contextlib.suppress(OSError, AttributeError):
+        fallocate = ctypes.CDLL(None).fallocate
+        fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+        fallocate(descriptor, _PUNCH_HOLE_KEEP_SIZE, 0, size_bytes)
 
 
 def _refuse(end: socket.socket, write: bool) -> None:

@@ -365,30 +365,28 @@ def _refuse(end: socket.socket, write: bool) -> None:
 
 def _launch(descriptors: tuple[int, ...], hidden: Mapping[str, str]) -> tuple[Channel, Channel, int, Any]:
     """Start the process. On the launcher's thread: the kernel ends a worker with the thread that started it."""
-    work, workers_work = socket.socketpair()
-    side, workers_side = socket.socketpair()
-    # Without a name: nothing is left of it, whoever is killed.
-    stderr = os.memfd_create("plimsoll-worker-stderr")
-    try:
-        with Path(f"/proc/self/fd/{stderr}").open("ab") as append:
-            process = subprocess.Popen(
-                [sys.executable, *boot(os.getpid(), workers_work.fileno(), workers_side.fileno())],
-                stdin=subprocess.DEVNULL,
-                stdout=append,
-                stderr=append,
-                pass_fds=(workers_work.fileno(), workers_side.fileno(), *descriptors),
-                env={**os.environ, **hidden},
-                # Ctrl-C is the host's to handle.
-                start_new_session=True,
-            )
-    except BaseException:
-        os.close(stderr)
-        for end in (work, side):
-            end.close()
-        raise
-    finally:
-        workers_work.close()
-        workers_side.close()
+    with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+        ends, workers_ends = [], []
+        for _ in ("work", "side"):
+            end, workers_end = socket.socketpair()
+            ends.append(ours.enter_context(end))
+            workers_ends.append(theirs.enter_context(workers_end).fileno())
+        # Without a name: nothing is left of it, whoever is killed.
+        stderr = os.memfd_create("plimsoll-worker-stderr")
+        ours.callback(os.close, stderr)
+        append = theirs.enter_context(Path(f"/proc/self/fd/{stderr}").open("ab"))
+        process = subprocess.Popen(
+            [sys.executable, *boot(os.getpid(), *workers_ends)],
+            stdin=subprocess.DEVNULL,
+            stdout=append,
+            stderr=append,
+            pass_fds=(*workers_ends, *descriptors),
+            env={**os.environ, **hidden},
+            # Ctrl-C is the host's to handle.
+            start_new_session=True,
+        )
+        ours.pop_all()
+    work, side = ends
     return Channel(work), Channel(side), stderr, process
 
 

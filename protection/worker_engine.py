@@ -573,6 +573,16 @@ class WorkerEngine:
         fallback.close()
         return self._fallback
 
+    def _ready_fallback(self) -> Worker:
+        """Wait until the fallback's worker has loaded; start it first where there is none."""
+        fallback = self._fallback or self._start_fallback()
+        try:
+            fallback.ready()
+        except BaseException:
+            self._drop(fallback)
+            raise
+        return fallback
+
     def _drop(self, worker: Worker | None) -> None:
         """End a worker, and forget it."""
         if worker is None:
@@ -603,7 +613,7 @@ class WorkerEngine:
         worker = self._in_use()
         try:
             if worker is None:
-                worker = self._start_fallback() if self._degraded else self._start_device()
+                worker = self._ready_fallback() if self._degraded else self._start_device()
             answer = worker.work("infer", self._deadlines.infer_s, {"shape": features.shape}, features.data)
             try:
                 scores = _scores(answer, len(features))
@@ -644,7 +654,7 @@ class WorkerEngine:
         """Replace the worker that is in use. Raises WorkerLost, or what its start raises."""
         if self._degraded:
             self._drop(self._fallback)
-            self._start_fallback().ready()
+            self._ready_fallback()
         else:
             self._drop(self._device)
             self._start_device()
@@ -661,12 +671,7 @@ class WorkerEngine:
                 self._drop(device)
         if self._fallback is not None and not self._fallback.alive:
             self._drop(self._fallback)
-        fallback = self._fallback or self._start_fallback()
-        try:
-            fallback.ready()
-        except BaseException:
-            self._drop(fallback)
-            raise
+        self._ready_fallback()
         # Only now: until it is loaded nothing has moved.
         self._degraded, self.lost = True, False
 

@@ -43,6 +43,7 @@ _PUNCH_HOLE_KEEP_SIZE = 3
 _SIDE_S = 2.0
 _BLOCKING_SIDE_S = 30.0
 _END_S = 0.5
+_STANDBY_EVERY_S = 5.0
 
 
 class WorkerLost(RuntimeFailure):
@@ -505,7 +506,7 @@ class WorkerEngine:
         self._backend, self._owns_backend = backend, owns_backend
         self._path = model_path.resolve()
         self._deadlines = deadlines or Deadlines()
-        self._standby = standby
+        self._standby, self._standby_not_before_s = standby, 0.0
         # The kernel ends workers with the thread that started them. So it is none that ends before the engine.
         self._launcher = ThreadPoolExecutor(1, "plimsoll-launcher")
         self._device: Worker | None = None
@@ -626,7 +627,20 @@ class WorkerEngine:
                 self.lost = True
             raise
         self.lost = False
+        if self._standby:
+            self._keep_standby()
         return scores
+
+    def _keep_standby(self) -> None:
+        """Replace a standby that is gone; not again and again, where none stays."""
+        if self._degraded or (self._fallback is not None and self._fallback.alive):
+            return
+        self._drop(self._fallback)
+        if time.monotonic() >= self._standby_not_before_s:
+            self._standby_not_before_s = time.monotonic() + _STANDBY_EVERY_S
+            # The answer that was made does not depend on it.
+            with contextlib.suppress(RuntimeFailure, OSError):
+                self._start_fallback()
 
     def _in_use(self) -> Worker | None:
         worker = self._fallback if self._degraded else self._device

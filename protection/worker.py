@@ -1,12 +1,13 @@
 """The worker: a process that runs the model, and that its host can lose.
 
 Started by ``protection.worker_engine``, never by hand. It ends with its host: the kernel kills it (PR_SET_PDEATHSIG),
-and a closed connection ends it besides. Exit statuses: 0 the host is gone or asked for the end; 76 the host stopped
-reading.
+and a closed connection ends it besides. Exit statuses: 0 the host is gone or asked for the end; 70 one of its threads
+failed, for want of memory for instance; 76 the host stopped reading.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -14,6 +15,8 @@ import socket
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 EXIT_HOST_GONE = 0
 EXIT_HOST_SILENT = 76
+EXIT_THREAD_LOST = 70
 _TEXT_MOST = 2000
 
 
@@ -56,8 +60,8 @@ class _Worker:
         self._host_patience_s = 60.0
 
     def serve(self) -> None:
-        threading.Thread(target=self._serve_side, name="plimsoll-side", daemon=True).start()
-        threading.Thread(target=self._beat, name="plimsoll-beat", daemon=True).start()
+        for name, run in (("plimsoll-side", self._serve_side), ("plimsoll-beat", self._beat)):
+            threading.Thread(target=_or_end, args=(run,), name=name, daemon=True).start()
         self._serve(self._work, self._do)
 
     def _serve(self, channel: Channel, do: Any) -> None:
@@ -213,6 +217,16 @@ class _Worker:
                 return asdict(backend.healthy()), b""
             case other:
                 raise ValueError(f"there is no question {other!r}")
+
+
+def _or_end(run: Callable[[], None]) -> None:
+    """Run a thread that this process is nothing without."""
+    try:
+        run()
+    except BaseException:
+        with contextlib.suppress(BaseException):
+            traceback.print_exc()
+        os._exit(EXIT_THREAD_LOST)
 
 
 def _described(error: Exception) -> dict[str, Any]:

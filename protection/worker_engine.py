@@ -558,6 +558,9 @@ class WorkerEngine:
             raise
         # What was held on the device before is held again.
         self._backend.hand_over(self._elsewhere)
+        # The limit is known from here on, also while no process has the device.
+        with contextlib.suppress(OSError, RuntimeFailure):
+            self._elsewhere.memory()
         if load:
             worker.load()
         return worker

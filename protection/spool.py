@@ -28,7 +28,6 @@ from protection import storage
 
 FloatArray = npt.NDArray[np.float32]
 _SCHEMA_VERSION = 1
-_PAGE_BYTES = 4096
 #: Of a limited spool; answers take a tenth of what their audio takes.
 _AUDIO_SHARE = 0.85
 #: Blocks that the retention rule deletes in one transaction.
@@ -370,11 +369,11 @@ class Spool(SpoolView):
             self._db.execute("PRAGMA synchronous = FULL")
             # A short log: what is in it needs its room twice, and a full disk must not be met when it is copied.
             self._db.execute(f"PRAGMA wal_autocheckpoint = {storage.LOG_PAGES}").fetchall()
-            self._db.execute(f"PRAGMA journal_size_limit = {storage.LOG_PAGES * _PAGE_BYTES}").fetchall()
+            self._db.execute(f"PRAGMA journal_size_limit = {storage.LOG_PAGES * storage.PAGE_BYTES}").fetchall()
             # Deleted audio is overwritten, not only forgotten.
             self._db.execute("PRAGMA secure_delete = ON")
             if limit_bytes is not None:
-                self._db.execute(f"PRAGMA max_page_count = {max(1, limit_bytes // _PAGE_BYTES)}")
+                self._db.execute(f"PRAGMA max_page_count = {max(1, limit_bytes // storage.PAGE_BYTES)}")
             if not tables:
                 with self._transaction():
                     for statement in _SCHEMA.strip().split(";"):
@@ -485,7 +484,7 @@ class Spool(SpoolView):
             keep_from = min(self._answered - context_samples, unheard)
             deleted = False
             while True:
-                # A few at a time: what is overwritten goes through the log, and on a full disk there is little room for it.
+                # A few at a time: what is overwritten goes through the log, and a full disk has little room for that.
                 row = self._db.execute(
                     "SELECT MAX(stop) FROM (SELECT stop, stored_s FROM blocks ORDER BY start LIMIT ?) "
                     "WHERE stop <= ? AND stored_s < ?",
@@ -505,17 +504,23 @@ class Spool(SpoolView):
 
     def _require_room(self, data_bytes: int) -> None:
         """Refuse audio while there is still room for its answers: what is accepted has to be answered."""
-        free_bytes = storage.lacks_room(self.path.parent, data_bytes, 4 * (self._accepted - self._answered))
-        if free_bytes is not None:
-            raise SpoolFull(
-                f"the spool {self.path} is full (the disk has {free_bytes} bytes free, "
-                f"and room is left for answers): free some disk; {_NOT_ACCEPTED}"
-            )
-        if self._limit_bytes is None:
+        unanswered_bytes = 4 * (self._accepted - self._answered)
+        free_bytes = storage.free_bytes(self.path.parent)
+        plenty = free_bytes is None or free_bytes > storage.PLENTY_BYTES + 4 * (data_bytes + unanswered_bytes)
+        if plenty and self._limit_bytes is None:
             return
         with self._errors("write"):
-            pages = self._scalar("PRAGMA page_count") - self._scalar("PRAGMA freelist_count")
-        if pages * _PAGE_BYTES + data_bytes > _AUDIO_SHARE * self._limit_bytes:
+            pages, unused = self._scalar("PRAGMA page_count"), self._scalar("PRAGMA freelist_count")
+        if free_bytes is not None and not plenty:
+            needed_bytes = storage.needed_bytes(self.path, pages, unused, data_bytes, unanswered_bytes)
+            if free_bytes < needed_bytes:
+                raise SpoolFull(
+                    f"the spool {self.path} is full (the disk has {free_bytes} bytes free, {needed_bytes} are needed "
+                    f"for this and for the answers): free some disk; {_NOT_ACCEPTED}"
+                )
+        if self._limit_bytes is None:
+            return
+        if (pages - unused) * storage.PAGE_BYTES + data_bytes > _AUDIO_SHARE * self._limit_bytes:
             raise SpoolFull(
                 f"the spool {self.path} is full (spool_limit_bytes is {self._limit_bytes}, "
                 f"and room is left for answers): free some disk, or raise spool_limit_bytes; {_NOT_ACCEPTED}"

@@ -9,10 +9,13 @@ import resource
 import sqlite3
 from pathlib import Path
 
+PAGE_BYTES = 4096
+#: Pages of the log after which it is copied to the file.
+LOG_PAGES = 128
+#: With so much free the room need not be counted.
+PLENTY_BYTES = 64 << 20
 #: What SQLite writes in one piece at most: a page and its header in the log.
-_PIECE_BYTES = 4096 + 64
-#: Kept free for answers, besides what the answers of the accepted audio take.
-_RESERVE_BYTES = 256 << 10
+_PIECE_BYTES = PAGE_BYTES + 64
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 #: There is no room, of one kind or another: the same call succeeds once there is.
 NO_ROOM = (*_FULL, errno.EFBIG)
@@ -41,20 +44,33 @@ def advice(number: int) -> str:
     return "check the disk and the folder's permissions"
 
 
-def lacks_room(folder: Path, data_bytes: int, unanswered_bytes: int) -> int | None:
-    """Give the bytes that are free where they are too few for this much audio and for the answers; None for enough."""
+def free_bytes(folder: Path) -> int | None:
+    """Give what is free on the disk of a folder, for this user; None where the file system does not say."""
     try:
         disk = os.statvfs(folder)
     except OSError:
         # Writing says better what is wrong.
         return None
-    # Some file systems do not say how large they are.
-    if disk.f_blocks == 0:
-        return None
-    free_bytes = disk.f_frsize * (disk.f_bfree if os.geteuid() == 0 else disk.f_bavail)
-    # Audio is written twice: to the log, and later to the file. Answers take about a third of their audio.
-    needed_bytes = 2 * data_bytes + unanswered_bytes // 3 + _RESERVE_BYTES
-    return free_bytes if free_bytes < needed_bytes else None
+    return disk.f_frsize * (disk.f_bfree if os.geteuid() == 0 else disk.f_bavail) if disk.f_blocks else None
+
+
+def needed_bytes(database: Path, pages: int, unused_pages: int, data_bytes: int, unanswered_bytes: int) -> int:
+    """Say how many bytes have to be free on the disk for this much audio, and for the answers to all that is accepted.
+
+    The file has ``pages`` pages once the log is copied to it, ``unused_pages`` of them for what comes.
+    """
+    log_growth = 2 * LOG_PAGES * PAGE_BYTES + data_bytes - _size_bytes(database, "-wal")
+    copy_growth = pages * PAGE_BYTES - _size_bytes(database)
+    # Answers take less than a third of their audio.
+    file_growth = data_bytes + (unanswered_bytes + data_bytes) // 3 - unused_pages * PAGE_BYTES
+    return max(0, log_growth) + max(0, copy_growth) + max(0, file_growth)
+
+
+def _size_bytes(database: Path, suffix: str = "") -> int:
+    try:
+        return database.with_name(database.name + suffix).stat().st_size
+    except OSError:
+        return 0
 
 
 def _try_to_write(path: Path) -> int:
@@ -78,7 +94,5 @@ def _try_to_write(path: Path) -> int:
 
 def _reaches_limit(database: Path) -> bool:
     soft, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    files = (database.with_name(database.name + suffix) for suffix in ("", "-wal", "-shm"))
-    return soft != resource.RLIM_INFINITY and any(
-        file.exists() and file.stat().st_size + _PIECE_BYTES > soft for file in files
-    )
+    largest_bytes = max(_size_bytes(database, suffix) for suffix in ("", "-wal", "-shm"))
+    return soft != resource.RLIM_INFINITY and largest_bytes + _PIECE_BYTES > soft

@@ -657,14 +657,17 @@ class WorkerEngine:
         """Give cached memory back in the worker that is in use."""
         worker = self._fallback if self._degraded else self._device
         if worker is not None and worker.alive:
-            worker.side("release", _BLOCKING_SIDE_S)
+            # One that is gone keeps nothing.
+            with contextlib.suppress(ConnectionError):
+                worker.side("release", _BLOCKING_SIDE_S)
 
     def collect(self) -> int:
         """Collect unreachable objects in this process, and in the worker that is in use."""
         found = gc.collect()
         worker = self._fallback if self._degraded else self._device
         if worker is not None and worker.alive:
-            found += int(worker.side("collect", _BLOCKING_SIDE_S)[1]["found"])
+            with contextlib.suppress(ConnectionError):
+                found += int(worker.side("collect", _BLOCKING_SIDE_S)[1]["found"])
         return found
 
     def restart(self) -> None:

@@ -18,6 +18,7 @@ import sys
 import termios
 import time
 import wave
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,6 +170,9 @@ class Input(Protocol):
         Raises AudioError, OSError.
         """
 
+    def close(self) -> None:
+        """Take no more."""
+
 
 class WavInput:
     """A WAV: its first sample is the recording's first, whenever it is fed."""
@@ -207,8 +211,7 @@ class WavInput:
             self._declared = self._wav.getnframes()
             if self._declared == 0:
                 raise AudioError(f"{path}: empty, expected at least one sample{_behind_the_header(file)}")
-            # Open for as long as the program runs.
-            opened.pop_all()
+            self.close = opened.pop_all().close
 
     def blocks(self, accepted: int, stop: Stop) -> Iterator[tuple[int, Pcm]]:
         """Give what was accepted before in large pieces, to be compared, and then blocks."""
@@ -294,6 +297,9 @@ class PcmInput:
                 "expected 2 for each sample; the whole ones were recorded"
             )
 
+    def close(self) -> None:
+        """Nothing to do: standard input is its owner's."""
+
     def _held_bytes(self) -> int:
         """Say how much is to be taken yet: what is in a pipe by now was said before the end was asked for."""
         count = bytearray(4)
@@ -313,19 +319,21 @@ def run(options: Options) -> int:
     # Until there is something to answer a signal ends the program at once, and there is nothing to say about it.
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    try:
-        source = _open_input(options)
-        policy = _policy(options.policy)
-        session = Session(options)
-        if source is None:
-            with SpoolView(options.folder) as view:
-                session.count(view)
-                if view.answered == view.accepted and holder(options.folder) is None:
-                    return session.end()
-        pipeline = _open_pipeline(options, policy, session)
-    except (AudioError, PolicyError, SpoolError) as error:
-        raise Refused(str(error)) from error
-    with pipeline:
+    session = Session(options)
+    with contextlib.ExitStack() as opened:
+        try:
+            source = _open_input(options)
+            if source is not None:
+                opened.callback(source.close)
+            policy = _policy(options.policy)
+            if source is None:
+                with SpoolView(options.folder) as view:
+                    session.count(view)
+                    if view.answered == view.accepted and holder(options.folder) is None:
+                        return session.end()
+            pipeline = opened.enter_context(_open_pipeline(options, policy, session))
+        except (AudioError, PolicyError, SpoolError) as error:
+            raise Refused(str(error)) from error
         session.stop.listen(options.deadline_s + 2 * policy.shutdown_deadline_s + 2)
         session.work(pipeline, source)
     return session.end()
@@ -395,7 +403,8 @@ class Session:
         self._options = options
         self._status = EXIT_DONE
         self._emergency = False
-        self._storage_failure: str | None = None
+        #: The last one, until something was stored again.
+        self._storage_failures: deque[str] = deque(maxlen=1)
         self._told_of_signal = False
         self._counted: dict[str, int] = {}
         self.stop = Stop()
@@ -404,7 +413,7 @@ class Session:
         """Tell a person what the pipeline tells, in one line."""
         tell(" ".join(f"{event.kind.value}: {event.message}; {event.action}; {event.meaning}".split()))
         if event.kind is EventKind.STORAGE_FAILED:
-            self._storage_failure = event.message
+            self._storage_failures.append(event.message)
         if event.kind is EventKind.EMERGENCY_SHUTDOWN:
             self._emergency = True
             self.stop.ask()
@@ -456,6 +465,9 @@ class Session:
                     self._say(accepted=accepted)
         except AudioError as error:
             raise Refused(str(error)) from error
+        except SpoolError:
+            # The pipeline has told why.
+            self._fail(EXIT_FAILED, "the last block was not accepted: no more audio is taken")
         self._tell_of_signal()
         if source.problem:
             self._fail(EXIT_FAILED, source.problem)
@@ -480,6 +492,8 @@ class Session:
 
     def _answer(self, pipeline: DictationPipeline, view: SpoolView) -> None:
         """Wait for the answers: as long as it takes, or the deadline once the end was asked for."""
+        # That audio could not be stored does not say that answers cannot.
+        self._storage_failures.clear()
         progress, progress_s = view.answered, time.monotonic()
         while True:
             self._tell_of_signal()
@@ -488,11 +502,12 @@ class Session:
                 return
             now_s, answered = time.monotonic(), view.answered
             if answered > progress:
-                progress, progress_s, self._storage_failure = answered, now_s, None
+                progress, progress_s = answered, now_s
+                self._storage_failures.clear()
             if self.stop.asked_s is not None and now_s - self.stop.asked_s > self._options.deadline_s:
                 return
-            if self._storage_failure and now_s - progress_s > self._options.deadline_s:
-                self._fail(EXIT_FAILED, f"answers cannot be stored: {self._storage_failure}")
+            if self._storage_failures and now_s - progress_s > self._options.deadline_s:
+                self._fail(EXIT_FAILED, f"answers cannot be stored: {self._storage_failures[-1]}")
                 return
 
     def _tell_of_signal(self) -> None:

@@ -8,18 +8,27 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from backends.contract import Backend, FloatArray, MemoryReading, Model
-from backends.errors import classify
+from backends.errors import ErrorKind, classify
 from backends.model import N_MELS, ModelSpec
 
 
 class EngineError(Exception):
     """The engine cannot do what was asked. The message says why."""
+
+
+@dataclass(frozen=True)
+class StartFailure:
+    """Why an engine began on its fallback."""
+
+    kind: ErrorKind
+    text: str
 
 
 class Engine(Protocol):
@@ -29,6 +38,8 @@ class Engine(Protocol):
     can_restart: bool
     #: Whether the place where inference happened is gone, and nothing helps but to replace it.
     lost: bool
+    #: Why it began on the fallback, where it did.
+    start_failure: StartFailure | None
 
     @property
     def spec(self) -> ModelSpec:
@@ -84,6 +95,7 @@ class InProcessEngine:
 
     can_restart = False
     lost = False
+    start_failure: StartFailure | None
 
     def __init__(self, backend: Backend, model_path: Path, *, owns_backend: bool = False) -> None:
         """Load the model on the device, or where that has no memory on the fallback.
@@ -95,14 +107,15 @@ class InProcessEngine:
         self._closed = False
         self._fallback: Backend | None = None
         self._model: Model | None = None
-        full = False
+        self.start_failure = None
         try:
             self._model = backend.load(model_path)
         except Exception as error:
-            if not classify(error).is_oom:
+            kind = classify(error)
+            if not kind.is_oom:
                 raise
-            full = True
-        if full:
+            self.start_failure = StartFailure(kind, str(error)[-300:])
+        if self.start_failure is not None:
             self.fall_back()
         assert self._model is not None
         context_frames = self._model.window_frames - self._model.chunk_frames

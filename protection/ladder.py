@@ -111,11 +111,13 @@ class Ladder:
             self._device_errors += 1
             self._metrics.add("workers_lost_total")
 
-    def _recover(self, work: Callable[[], T], failure: Failure) -> T:
-        if failure.kind is ErrorKind.OTHER:
-            raise NotOurs(failure.text)
+    def begin_fallen_back(self, kind: ErrorKind, text: str) -> None:
+        """Take note of, and tell, what kept an engine from its device at the start."""
+        failure = Failure(kind, text)
         self._note(failure)
-        self._metrics.add("recoveries_attempted")
+        self._tell(failure)
+
+    def _tell(self, failure: Failure) -> None:
         kind, what = {
             ErrorKind.DEVICE_OOM: (EventKind.OOM_DETECTED, "the device ran out of memory"),
             ErrorKind.HOST_OOM: (EventKind.OOM_DETECTED, "the host ran out of memory"),
@@ -127,6 +129,13 @@ class Ladder:
             "recovery begins",
             "nothing is lost: the recording goes on and answers follow",
         )
+
+    def _recover(self, work: Callable[[], T], failure: Failure) -> T:
+        if failure.kind is ErrorKind.OTHER:
+            raise NotOurs(failure.text)
+        self._note(failure)
+        self._metrics.add("recoveries_attempted")
+        self._tell(failure)
         began_s = time.perf_counter()
         attempts = 0
         for rung in self._rungs:

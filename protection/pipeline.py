@@ -154,16 +154,16 @@ class DictationPipeline:
         self._return_not_before_s = 0.0
         self._ladder = self._make_ladder()
         if engine.degraded:
-            self._metrics.add("oom_total")
+            failure = engine.start_failure
+            if failure is not None:
+                self._ladder.begin_fallen_back(failure.kind, f"at the start: {failure.text}")
+                self._ladder.progressed()
             self._metrics.add("fallbacks")
             self._events.tell(
-                EventKind.OOM_DETECTED, "the device had no memory for the model at the start", "recovery begins", _SAFE
-            )
-            self._events.tell(
                 EventKind.CPU_FALLBACK,
-                "the device had no memory for the model at the start",
+                "the device could not take the model at the start",
                 f"inference begins on {engine.device}",
-                "answers are slower until the device has memory",
+                "answers are slower until the device takes it",
             )
         self._worker = threading.Thread(target=self._work, name="plimsoll-work", daemon=True)
         self._watcher = threading.Thread(target=self._watch, name="plimsoll-pressure", daemon=True)

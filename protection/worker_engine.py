@@ -32,7 +32,7 @@ from backends.contract import Allocation, Backend, BackendError, FloatArray, Hea
 from backends.errors import ErrorKind, RuntimeFailure
 from backends.model import N_MELS, ModelSpec
 from protection.channel import AwakeClock, Channel, Ended, Frame, Kind, TornMessage, Wait, until
-from protection.engine import EngineError
+from protection.engine import EngineError, StartFailure
 from protection.worker import EXIT_HOST_SILENT, boot
 
 #: A process with these finds no accelerator: the fallback cannot touch the failed device.
@@ -498,7 +498,7 @@ class WorkerEngine:
         deadlines: Deadlines | None = None,
         standby: bool = False,
     ) -> None:
-        """Start a worker and load the model on its device, or where that has no memory on the fallback.
+        """Start a worker and load the model on its device, or where that has no memory or dies on the fallback.
 
         With ``standby`` the fallback's worker is started and loaded now, and kept: it costs memory, and the fallback is
         immediate. Raises ModelError, or what the runtime raised when neither has memory, as RuntimeFailure.
@@ -516,6 +516,7 @@ class WorkerEngine:
         self._closed = False
         self._names = backend.device, ""
         self.lost = False
+        self.start_failure: StartFailure | None = None
         try:
             self._begin()
         except BaseException:
@@ -523,15 +524,11 @@ class WorkerEngine:
             raise
 
     def _begin(self) -> None:
-        try:
-            self._start_device()
-        except RuntimeFailure as error:
-            if not error.kind.is_oom:
-                raise
-            full = True
-        else:
-            full = False
-        if full:
+        self.start_failure = self._try_device()
+        if self.start_failure is not None and self.start_failure.kind is ErrorKind.PROCESS_LOST:
+            # A worker that dies as it starts is replaced once, like any other.
+            self.start_failure = self._try_device()
+        if self.start_failure is not None:
             self.fall_back()
         elif self._standby:
             self._start_fallback()
@@ -540,6 +537,17 @@ class WorkerEngine:
         self.spec = ModelSpec(
             context_frames=loaded.loaded["context_frames"], chunk_frames=loaded.loaded["chunk_frames"]
         )
+
+    def _try_device(self) -> StartFailure | None:
+        try:
+            self._start_device()
+        except RuntimeFailure as error:
+            if error.kind is ErrorKind.OTHER:
+                raise
+            if error.kind is ErrorKind.PROCESS_LOST:
+                self._drop(self._device)
+            return StartFailure(error.kind, str(error)[-300:])
+        return None
 
     # Workers.
 

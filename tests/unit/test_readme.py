@@ -6,10 +6,12 @@ import ast
 import configparser
 import functools
 import inspect
+import os
 import re
 import shlex
 import subprocess
 import sys
+import wave
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -101,9 +103,14 @@ def section(title: str) -> str:
     return "".join(inside)
 
 
-def run(*words: str) -> subprocess.CompletedProcess[str]:
-    """Run in the checkout."""
-    return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+#: Executed, one after another.
+PROGRAM = commands_in(section("The pipeline as a program"))
+
+
+def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run in the checkout, or elsewhere with the checkout's packages."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 
 def anchors(text: str) -> set[str]:
@@ -234,6 +241,8 @@ def check(command: str, criteria: Path) -> str | None:
             return collect([*QUALIFICATION, *rest[1:]], criteria) if rest else None
         case ["nox", "--list"]:
             return None if sessions() else "nox lists no session"
+        case ["python", "-m", "protection", *_]:
+            return None if command in PROGRAM else "it is not in the README's section on the program, which is executed"
         case ["pip", "install", "-r", name]:
             pins = re.findall(r"(?m)^([\w.-]+)==", (ROOT / "constraints" / "cpu.txt").read_text(encoding="utf-8"))
             required = re.findall(r"(?m)^[\w.-]+$", (ROOT / name).read_text(encoding="utf-8"))
@@ -260,6 +269,19 @@ def wrong_with(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str 
 def test_a_command_does_what_it_says(command: str, wrong_with: Callable[[str], str | None]) -> None:
     problem = wrong_with(command)
     assert problem is None, f"{command}: {problem}"
+
+
+def test_the_programs_commands_work_one_after_another(tmp_path: Path) -> None:
+    for command in PROGRAM:
+        words = [str(ROOT / word) if word.startswith("tests/") else word for word in shlex.split(command)]
+        done = run(sys.executable, *words[1:], cwd=tmp_path)
+        assert done.returncode == 0, f"{command} ended with {done.returncode}: {done.stdout[-500:]}{done.stderr[-500:]}"
+    with (
+        wave.open(str(tmp_path / "my-recording.wav")) as exported,
+        wave.open(str(ROOT / "tests/data/speech.wav")) as fed,
+    ):
+        samples = exported.readframes(exported.getnframes()), fed.readframes(fed.getnframes())
+    assert samples[0] == samples[1], f"{len(samples[0])} bytes were exported, {len(samples[1])} recorded: not the same"
 
 
 def test_every_exemption_is_needed() -> None:

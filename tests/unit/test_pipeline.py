@@ -556,6 +556,17 @@ def test_a_full_spool_refuses_what_is_new_and_loses_nothing(start: Open, audio: 
     _same(before, after[: len(before)])
 
 
+def test_the_user_is_told_once_that_audio_is_refused(start: Open, audio: Audio) -> None:
+    samples = audio(12.0)
+    pipeline = start(spool_limit_bytes=256 << 10)
+    for _ in range(3):
+        with pytest.raises(SpoolFull):
+            _feed(pipeline, samples, first=len(pipeline.recovered()))
+    told = [event for event in pipeline.events() if event.kind is EventKind.STORAGE_FAILED]
+    assert len(told) == 1, f"the user was told {len(told)} times"
+    assert "raise spool_limit_bytes" in told[0].message and told[0].action == "audio is not accepted", f"{told[0]}"
+
+
 def test_a_full_spool_has_room_for_the_answers_to_what_it_accepted(start: Open, bounded: Cpu, audio: Audio) -> None:
     samples = audio(30.0)
     pipeline = start(spool_limit_bytes=1 << 20, pressure_interval_s=60.0, rungs=("cache_clear",))

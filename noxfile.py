@@ -195,6 +195,13 @@ def lint(session: nox.Session) -> None:
     session.run("mypy", "--strict", "noxfile.py", *(name for name in folders if any((ROOT / name).rglob("*.py"))))
 
 
+@nox.session(reuse_venv=True, tags=["bench"])
+def bench(session: nox.Session) -> None:
+    """Measure what the worker process and the protection cost. Arguments after -- go to benchmarks.engine_cost."""
+    install(session, DEVELOPMENT, groups("tests"))
+    session.run("python", "-m", "benchmarks.engine_cost", *session.posargs)
+
+
 def generated(body: str) -> str:
     """Put the first line on a file of pins: it tells an edit by hand, without asking an index."""
     digest = hashlib.sha256(body.encode()).hexdigest()

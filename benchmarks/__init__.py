@@ -1,0 +1,1 @@
+"""Side-by-side measurements: what it costs to be protected."""

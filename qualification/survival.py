@@ -143,12 +143,7 @@ class Killing:
             self.toll.while_recording += max(host.all("accepted"), default=0) > max(self._acknowledged, began)
         # Killed in its start-up it may have said nothing about what it found.
         self._take_in(host)
-        _, alive = psutil.wait_procs(workers, timeout=_ORPHAN_S)
-        left = [each for each in alive if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
-        self.toll.orphans += len(left)
-        for orphan in left:
-            with suppress(psutil.NoSuchProcess):
-                orphan.kill()
+        self.toll.orphans += len(orphans(workers, _ORPHAN_S))
 
 
 class Unfinished:
@@ -176,6 +171,23 @@ class Unfinished:
     def done(self) -> None:
         """Forget it: the next run begins anew."""
         self._path.unlink(missing_ok=True)
+
+
+def orphans(processes: Sequence[psutil.Process], within_s: float) -> list[psutil.Process]:
+    """Give the processes that still run after so long, and end them. A zombie runs no more: nobody may reap it."""
+
+    def runs(process: psutil.Process) -> bool:
+        with suppress(psutil.NoSuchProcess):
+            return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+        return False
+
+    deadline_s = time.monotonic() + within_s
+    while (left := [each for each in processes if runs(each)]) and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    return left
 
 
 def stop_and_go(processes: Sequence[psutil.Process], for_s: float) -> int:

@@ -32,6 +32,7 @@ from qualification.progress import Progress
 from qualification.sampling import Sample, Sampler, take
 from qualification.stream import Stream, unanswered, untiled, wrong
 from qualification.subject import METRIC_DEVICE_ERRORS, METRIC_OOMS, Result, Subject
+from qualification.survival import orphans
 
 SECOND = 16_000
 SAMPLE_EVERY_S = 0.25
@@ -468,11 +469,7 @@ class TestEmergencyShutdown:
         left |= {str(pid) for pid in host.last("process_ids") or [] if Path(f"/proc/{pid}").exists()}
         left |= {str(path) for path in tmp_path.rglob("*") if path.name.endswith(("-wal", "-shm", "-journal", ".tmp"))}
         # What ends with its parent takes a moment to do so.
-        _, alive = psutil.wait_procs(below, timeout=2)
-        left |= {f"{process.pid} (process)" for process in alive}
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        left |= {f"{process.pid} (process)" for process in orphans(below, 2)}
         try:
             new_subject(backend).close()
         except Exception as error:

@@ -31,7 +31,9 @@ _SCHEMA_VERSION = 1
 #: Of a limited spool; answers take a tenth of what their audio takes.
 _AUDIO_SHARE = 0.85
 #: Blocks that the retention rule deletes in one transaction.
-_FORGOTTEN_AT_ONCE = 32
+_FORGOTTEN_AT_ONCE = 16
+#: A row of audio has so many at most.
+_PIECE_SAMPLES = 16_000
 _WAV_MOST_SAMPLES = ((1 << 32) - 64) // 2
 _SAFE = "what was accepted before is safe"
 _NOT_ACCEPTED = f"{_SAFE}, what this call brought was not accepted"
@@ -437,10 +439,16 @@ class Spool(SpoolView):
             if not len(fresh):
                 return self._accepted
             first, stop = start + known, start + len(samples)
-            data = np.ascontiguousarray(fresh, "<f4").tobytes()
-            self._require_room(len(data))
+            data = np.ascontiguousarray(fresh, "<f4")
+            self._require_room(data.nbytes)
+            now_s = time.time()
+            # In pieces: a chunk is read without the minutes that may have come with it.
+            rows = (
+                (at, min(at + _PIECE_SAMPLES, stop), data[at - first : at - first + _PIECE_SAMPLES].tobytes(), now_s)
+                for at in range(first, stop, _PIECE_SAMPLES)
+            )
             with self._errors("write"), self._transaction():
-                self._db.execute("INSERT INTO blocks VALUES (?, ?, ?, ?)", (first, stop, data, time.time()))
+                self._db.executemany("INSERT INTO blocks VALUES (?, ?, ?, ?)", rows)
             self._accepted, self._unsure = stop, False
             return stop
 

@@ -136,6 +136,15 @@ def test_a_gap_is_refused_with_the_position_to_go_on_from(spool: Spool, audio: A
     assert spool.accepted == 1600, f"{spool.accepted} samples are accepted"
 
 
+def test_a_long_block_is_stored_in_pieces_so_that_a_chunk_is_read_alone(spool: Spool, audio: Audio) -> None:
+    samples = audio(5.5)
+    spool.append(0, samples[:100])
+    assert spool.append(0, samples) == len(samples), f"{spool.accepted} samples are accepted"
+    longest_bytes = spool._db.execute("SELECT MAX(LENGTH(samples)) FROM blocks").fetchone()[0]
+    assert longest_bytes == 4 * RATE, f"the longest row has {longest_bytes} bytes"
+    assert np.array_equal(spool.read(0, len(samples)), samples), "the samples are others"
+
+
 @pytest.mark.parametrize("length", [0, 1, 3])
 def test_a_tiny_block_is_a_block(spool: Spool, audio: Audio, length: int) -> None:
     samples = audio(1.0)

@@ -729,6 +729,7 @@ class WorkerEngine:
         self._drop(self._fallback)
         self._drop(self._device)
         self.lost = False
+        self._standby_not_before_s = 0.0
 
     def device_memory(self) -> MemoryReading:
         """Read the device's memory; where no process has the device now, what the backend says without one."""

@@ -223,13 +223,16 @@ class Worker:
             if self._reaped:
                 raise ConnectionError(f"worker {self.process_id} is gone")
             self.shorten_stderr()
+            number = next(self._side_numbers)
             try:
-                number = self._send_side(do, meta, wait)
+                self._send_side(number, do, meta, wait)
                 while (frame := self._side.receive(wait)).number != number:
                     # The answer to a question that was given up.
                     pass
                 failure = _failure(frame)
             except TimeoutError:
+                # What it takes for this question when it comes to it, nobody will refer to.
+                self._unwanted.append(number)
                 raise
             except TornMessage as error:
                 # Whoever asks it for work next is told.
@@ -242,13 +245,12 @@ class Worker:
             raise failure
         return number, frame.meta
 
-    def _send_side(self, do: str, meta: Mapping[str, Any], wait: Wait) -> int:
-        number = next(self._side_numbers)
-        unwanted = [self._unwanted.popleft() for _ in range(len(self._unwanted))]
-        self._side.send(
-            Kind.REQUEST, number, {"do": do, **meta, "unwanted": [*unwanted, *meta.get("unwanted", ())]}, b"", wait
-        )
-        return number
+    def _send_side(self, number: int, do: str, meta: Mapping[str, Any], wait: Wait) -> None:
+        unwanted = list(self._unwanted)
+        every = {"do": do, **meta, "unwanted": [*unwanted, *meta.get("unwanted", ())]}
+        self._side.send(Kind.REQUEST, number, every, b"", wait)
+        for _ in unwanted:
+            self._unwanted.popleft()
 
     def forget(self, number: int) -> None:
         """Have it free what a question took, without waiting: the collector calls this from anywhere."""
@@ -257,7 +259,7 @@ class Worker:
         if self._side_lock.acquire(blocking=False):
             try:
                 if not self._reaped:
-                    self._send_side("free", {}, _refuse)
+                    self._send_side(next(self._side_numbers), "free", {}, _refuse)
             finally:
                 self._side_lock.release()
 

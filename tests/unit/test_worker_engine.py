@@ -216,6 +216,27 @@ def test_a_worker_that_ends_while_it_starts_is_an_error_at_once(start: Start, mo
     assert _descriptors() == before, f"{before} descriptors before, {_descriptors()} after"
 
 
+def test_a_load_without_host_memory_is_tried_again_where_there_is_some(start: Start, bounded: Cpu) -> None:
+    engine = start()
+    with bounded.arm(FaultPlan(Site.HOST_MEMORY, min_bytes=1 << 20)) as fault:
+        with pytest.raises(RuntimeFailure) as caught:
+            engine.restart()
+        record = fault.record()
+    assert caught.value.kind is ErrorKind.HOST_OOM and record.faults_fired == 1, f"{caught.value}; {record}"
+    (worker,) = _workers(engine)
+    assert _is_right(engine) and _workers(engine) == [worker], f"workers: {worker}, then {_workers(engine)}"
+
+
+def test_a_worker_outlives_the_thread_that_asked_for_it(start: Start) -> None:
+    with ThreadPoolExecutor(1) as passing:
+        engine = passing.submit(start).result(30.0)
+        first = _workers(engine)
+        passing.submit(engine.restart).result(30.0)
+    second = _workers(engine)
+    # The kernel ends a worker with the thread that started it: that one lasts.
+    assert _is_right(engine) and _workers(engine) == second != first, f"{first}, {second}, {_workers(engine)}"
+
+
 def test_a_worker_that_cannot_be_started_leaves_nothing(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     before, threads = _descriptors(), set(threading.enumerate())
@@ -777,6 +798,23 @@ def test_what_is_collected_in_the_middle_of_a_question_waits_for_its_end(shared:
     assert handle.memory().used_bytes == before, f"used {before} bytes, now {handle.memory().used_bytes}"
 
 
+def test_a_question_that_was_given_up_leaves_nothing_behind(
+    shared: WorkerEngine, handle: Cpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protection.worker_engine, "_BLOCKING_SIDE_S", 0.2)
+    before = handle.memory().used_bytes
+    worker = _workers(shared)[0]
+    worker.suspend()
+    with pytest.raises(TimeoutError, match="no answer to 'allocate'"):
+        handle.allocate(8 * MIB)
+    worker.resume()
+    monkeypatch.undo()
+    # It is answered late, and to nobody.
+    after = handle.memory().used_bytes
+    assert after == before, f"{before} bytes in use before, {after} after"
+    assert _is_right(shared), "the scores differ"
+
+
 def test_what_was_held_is_held_again_wherever_the_device_goes(start: Start, bounded: Cpu) -> None:
     held = bounded.allocate(40 * MIB)
     alone = bounded.memory().used_bytes
@@ -959,13 +997,12 @@ def test_an_interrupt_from_the_keyboard_is_the_hosts_to_handle(host: Callable[[s
 engine = WorkerEngine(device, DEFAULT_MODEL, standby=True)
 engine.infer(features)
 before = engine.process_ids()
-say(*before)
 interrupted = 0
-while not interrupted:
-    try:
-        threading.Event().wait(60.0)
-    except KeyboardInterrupt:
-        interrupted += 1
+try:
+    say(*before)
+    threading.Event().wait(60.0)
+except KeyboardInterrupt:
+    interrupted += 1
 engine.infer(features)
 engine.fall_back()
 engine.infer(features)
@@ -977,6 +1014,30 @@ engine.close()
     found = parent.hear()
     assert found == [1, True, False], f"interrupted, the same workers, lost: {found}"
     assert parent.process.wait(30.0) == 0, f"the host ended with {parent.process.returncode}"
+
+
+def test_a_host_that_was_stopped_does_not_blame_its_worker(host: Callable[[str], Host]) -> None:
+    parent = host("""
+engine = WorkerEngine(device, DEFAULT_MODEL, deadlines=Deadlines(infer_s=1.5, heartbeat_s=1.5))
+engine.infer(features)
+worker = engine._device
+receive = worker._receive
+def stop_before_reading(number, patience):
+    os.kill(os.getpid(), signal.SIGSTOP)
+    return receive(number, patience)
+worker._receive = stop_before_reading
+say(worker.process_id)
+found = engine.infer(features)
+say(list(found.shape), engine.process_ids()[1], engine.lost)
+engine.close()
+""")
+    (worker_id,) = parent.hear()
+    stopped = psutil.Process(parent.process.pid)
+    _until(lambda: stopped.status() == psutil.STATUS_STOPPED, "the host has asked, and stops")
+    threading.Event().wait(2.5)
+    stopped.resume()
+    found = parent.hear()
+    assert found == [[4, 50, 32], worker_id, False], f"scores, worker {worker_id} and whether it was lost: {found}"
 
 
 def test_a_host_that_stops_reading_loses_its_worker_and_nothing_else(host: Callable[[str], Host]) -> None:

@@ -389,12 +389,9 @@ class DictationPipeline:
         return chunks
 
     def _compute(self, chunks: list[tuple[int, int]]) -> list[Result]:
-        spec = self._engine.spec
-        features = np.empty((len(chunks), spec.window_frames, N_MELS), np.float32)
+        features = np.empty((len(chunks), self._engine.spec.window_frames, N_MELS), np.float32)
         for i, (start, stop) in enumerate(chunks):
-            samples = np.zeros(spec.context_samples + spec.chunk_samples, np.float32)
-            samples[: spec.context_samples + stop - start] = self._window(start, stop)
-            features[i] = log_mel(samples)
+            features[i] = self._features(start, stop)
         made: list[tuple[FloatArray, str, bool]] = []
 
         def work() -> None:
@@ -438,6 +435,13 @@ class DictationPipeline:
         if kind is ErrorKind.PROCESS_LOST and self._failing[1] >= self._policy.attempts_per_chunk:
             self._metrics.add("workers_lost_total")
             raise ChunkKills(str(error)) from None
+
+    def _features(self, start: int, stop: int) -> FloatArray:
+        """Make float32 [window_frames, 80] of a chunk and its left context; a short chunk ends in silence."""
+        spec = self._engine.spec
+        samples = np.zeros(spec.context_samples + spec.chunk_samples, np.float32)
+        samples[: spec.context_samples + stop - start] = self._window(start, stop)
+        return log_mel(samples)
 
     def _window(self, start: int, stop: int) -> FloatArray:
         """Read a chunk and its left context; what the retention rule deleted before the context counts as silence."""

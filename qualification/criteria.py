@@ -298,7 +298,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter("test_continuous_recording_memory_leak", "duration_s", 3600, 5, 864_000, "how long"),
     Parameter("test_rapid_toggle_with_fallback", "cycles", 50, 1, 1e5, "toggles, each with a fallback"),
     Parameter("test_kill_during_recording", "kills", 10, 1, 1e5, "kills of worker or host at random moments"),
-    Parameter("test_kill_during_recording", "seed", 1, 0, 2**31, "seed of the random moments"),
+    Parameter("test_kill_during_recording", "seed", 6, 0, 2**31, "seed of the random moments"),
     Parameter("test_kill_during_recording_soak", "kills", 1000, 1, 1e6, "kills of worker or host at random moments"),
     Parameter("test_kill_during_recording_soak", "seed", 2, 0, 2**31, "seed of the random moments"),
     Parameter("test_oom_killer", "kills", 20, 1, 1e4, "kills by the OOM killer"),

@@ -17,7 +17,7 @@ from protection.events import EventKind, Events
 from protection.pipeline import DictationPipeline
 from protection.policy import Policy
 from protection.spool import AudioError, FloatArray, Result, Spool, SpoolError
-from protection.worker_engine import WorkerEngine
+from protection.worker_engine import WorkerEngine, WorkerLost
 
 healthy = ships.factory
 
@@ -88,6 +88,47 @@ class _ZeroingEngine(WorkerEngine):
 
 def returns_zeros_on_oom(context: Any) -> DictationPipeline:
     return _with(context, WorkerEngine=_ZeroingEngine)
+
+
+class _GuessingEngine(WorkerEngine):
+    """Takes the loss of its worker for silence."""
+
+    def infer(self, features: FloatArray) -> FloatArray:
+        try:
+            return super().infer(features)
+        except WorkerLost:
+            return np.zeros((len(features), self.spec.chunk_scores, 32), np.float32)
+
+
+def returns_zeros_when_its_worker_dies(context: Any) -> DictationPipeline:
+    return _with(context, WorkerEngine=_GuessingEngine)
+
+
+class _RashPipeline(DictationPipeline):
+    """Sets everything aside that its worker had in hand when it died."""
+
+    def _compute(self, chunks: list[tuple[int, int]]) -> list[Result]:
+        try:
+            self._engine.infer(np.stack([self._features(start, stop) for start, stop in chunks]))
+        except WorkerLost as error:
+            self._events.tell(EventKind.CHUNK_SET_ASIDE, str(error), "all of it was set aside", "no answers")
+            return [Result(start, stop, None, self._engine.device, True) for start, stop in chunks]
+        return super()._compute(chunks)
+
+
+def sets_the_neighbours_aside(context: Any) -> DictationPipeline:
+    return _with(context, DictationPipeline=_RashPipeline)
+
+
+class _TrustingPipeline(DictationPipeline):
+    """Blames every failure on the audio, and never on the engine."""
+
+    def _engine_is_sound(self) -> bool:
+        return True
+
+
+def blames_the_audio(context: Any) -> DictationPipeline:
+    return _with(context, DictationPipeline=_TrustingPipeline)
 
 
 class _LateSpool(Spool):

@@ -16,7 +16,9 @@ held_mb = 100
 [test_rapid_toggle_with_fallback]
 cycles = 6
 [test_kill_during_recording]
+# A worker, two hosts while they record, one in its start-up.
 kills = 4
+seed = 9
 """
 SUSTAINED = f"{PROTECTION}::TestMemoryStress::test_sustained_high_memory_usage"
 FALLBACK = f"{PROTECTION}::TestGPUFallback::test_gpu_to_cpu_fallback_on_oom"
@@ -27,6 +29,8 @@ STRATEGIES = f"{RECOVERY}::TestGracefulDegradation::test_progressive_recovery_st
 BUFFER = f"{RECOVERY}::TestDataPreservation::test_audio_buffer_preservation"
 STATE = f"{RECOVERY}::TestDataPreservation::test_transcription_state_preservation"
 KILL = f"{RECOVERY}::TestDataPreservation::test_kill_during_recording"
+POISON = f"{RECOVERY}::TestProcessSurvival::test_poison_chunk"
+LIBRARY = f"{RECOVERY}::TestProcessSurvival::test_library_missing_at_first_inference"
 FILE_SIZE = f"{RECOVERY}::TestStorageFailure::test_file_size_limit_while_recording"
 
 DEFECTS = [
@@ -45,6 +49,10 @@ DEFECTS = [
     ("accepts_nothing", KILL, {"samples_lost"}),
     ("tells_of_a_shutdown_only", TRIGGER, {"exit_status"}),
     ("leaves_a_process_behind", TRIGGER, {"left_behind"}),
+    ("leaves_a_process_behind", KILL, {"orphans"}),
+    ("returns_zeros_when_its_worker_dies", KILL, {"answers_wrong"}),
+    ("sets_the_neighbours_aside", POISON, {"not_poisoned"}),
+    ("blames_the_audio", LIBRARY, {"set_aside"}),
     ("acknowledges_what_it_cannot_store", FILE_SIZE, {"refusals", "samples_lost"}),
     ("acknowledges_the_block_that_meets_the_full_disk", FILE_SIZE, {"samples_different"}),
 ]

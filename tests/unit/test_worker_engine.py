@@ -679,7 +679,8 @@ def test_a_standby_is_there_before_it_is_needed_and_stays(shared: WorkerEngine) 
     assert _workers(shared) == [device, standby], f"workers after the return: {_workers(shared)}"
 
 
-def test_a_standby_that_is_gone_is_replaced(start: Start) -> None:
+def test_a_standby_that_is_gone_is_replaced(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protection.worker_engine, "_STANDBY_EVERY_S", 1000.0)
     engine = start(standby=True)
     device, standby = _workers(engine)
     standby.kill()
@@ -828,14 +829,14 @@ def test_what_was_held_is_held_again_wherever_the_device_goes(start: Start, boun
         with contextlib.suppress(WorkerLost):
             engine.infer(_features())
         engine.infer(_features())
-        (worker,) = _workers(engine)
-        found.append((bounded.memory().used_bytes >= alone, worker.memory_info().rss >= 40 * MIB))
+        found.append(bounded.memory().used_bytes >= alone)
+        # It is held in the worker's arena: no more than the rest can be had.
         with pytest.raises(RuntimeFailure, match="Available memory of"):
             bounded.allocate(60 * MIB)
     engine.close()
     with pytest.raises(RuntimeError, match="Available memory of"):
         bounded.allocate(60 * MIB)
-    assert found == [(True, True)] * 3, f"held by the first, second and third worker: {found}"
+    assert found == [True] * 3, f"held by the first, second and third worker: {found}"
     assert bounded.memory().used_bytes == alone, f"{bounded.memory().used_bytes} bytes are held here again, not {alone}"
     held.free()
     assert bounded.memory().used_bytes == 0, f"{bounded.memory().used_bytes} bytes are still held"

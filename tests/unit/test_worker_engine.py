@@ -24,6 +24,7 @@ import numpy as np
 import psutil
 import pytest
 
+import protection.worker
 import protection.worker_engine
 from backends.contract import Backend, BackendError, FaultPlan, FaultRecord, ModelError, Site
 from backends.cpu import Cpu
@@ -207,7 +208,24 @@ def test_a_model_that_cannot_be_used_is_an_error_at_once(start: Start, tmp_path:
     assert _descriptors() == before, f"{before} descriptors before, {_descriptors()} after"
 
 
-def test_a_worker_that_ends_while_it_starts_is_an_error_at_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_ends_while_it_starts_is_replaced_and_then_the_fallback_takes_over(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = protection.worker.boot
+    for ends, where in ((1, "cpu:arena"), (2, "cpu")):
+        started: list[int] = []
+
+        def boot(*numbers: int, ends: int = ends, started: list[int] = started) -> list[str]:
+            started.append(len(started))
+            return ["-c", "raise SystemExit(9)"] if len(started) <= ends else sound(*numbers)
+
+        monkeypatch.setattr(protection.worker_engine, "boot", boot)
+        engine = start()
+        assert engine.device == where and _is_right(engine), f"after {ends} that ended it is on {engine.device}"
+        assert len(started) == ends + 1, f"{len(started)} workers were started, {ends} of them ended"
+
+
+def test_workers_that_all_end_while_they_start_are_an_error(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     program = "import sys; print('no libraries today', file=sys.stderr); sys.exit(9)"
     monkeypatch.setattr(protection.worker_engine, "boot", lambda *_: ["-c", program])
     before = _descriptors()

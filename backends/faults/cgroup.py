@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import time
@@ -10,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _MOUNTS = Path("/sys/fs/cgroup")
+_OWN_GROUPS = Path("/proc/self/cgroup")
+_NAME = "plimsoll"
+_LIMIT_PATIENCE_S = 2.0
 _numbers = itertools.count(1)
 
 
@@ -23,10 +27,13 @@ class MemoryCgroup:
     def __init__(self) -> None:
         """Make it, without a limit. Raises CgroupUnavailable."""
         reasons = []
-        for parent, version in _parents():
-            folder = parent / f"plimsoll-{os.getpid()}-{next(_numbers)}"
+        for parent, version, why_not in _parents():
+            if why_not:
+                reasons.append(f"{parent}: {why_not}")
+                continue
+            _sweep(parent)
             try:
-                folder.mkdir()
+                folder = _make(parent)
             except OSError as error:
                 reasons.append(f"{parent}: {error.strerror}")
                 continue
@@ -59,15 +66,29 @@ class MemoryCgroup:
             raise CgroupUnavailable(f"a process cannot be moved into {self._folder}: {error.strerror}") from error
 
     def limit(self, limit_bytes: int) -> None:
-        """Limit its memory; without swap, where that can be said."""
-        if self._v2:
-            (self._folder / "memory.max").write_text(f"{limit_bytes}\n")
-            with contextlib.suppress(OSError):
-                (self._folder / "memory.swap.max").write_text("0\n")
-        else:
-            (self._folder / "memory.limit_in_bytes").write_text(f"{limit_bytes}\n")
-            with contextlib.suppress(OSError):
-                (self._folder / "memory.swappiness").write_text("0\n")
+        """Limit its memory; without swap, where that can be said.
+
+        Raises RuntimeError where the kernel does not lower the limit that far: v1 refuses a limit that is below what
+        is held and cannot be given back.
+        """
+        name, swap = ("memory.max", "memory.swap.max") if self._v2 else ("memory.limit_in_bytes", "memory.swappiness")
+        deadline_s = time.monotonic() + _LIMIT_PATIENCE_S
+        while True:
+            try:
+                (self._folder / name).write_text(f"{limit_bytes}\n")
+                break
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                if time.monotonic() > deadline_s:
+                    raise RuntimeError(
+                        f"the kernel does not limit {self._folder} to {limit_bytes} bytes: what it holds beyond that "
+                        "cannot be given back"
+                    ) from error
+            # What was freed a moment ago may be counted still.
+            time.sleep(0.05)
+        with contextlib.suppress(OSError):
+            (self._folder / swap).write_text("0\n")
 
     def used_bytes(self) -> int:
         """Read what its processes hold: not the page cache of files, which is given back before anything is killed."""
@@ -102,25 +123,59 @@ class MemoryCgroup:
         self.remove()
 
 
-def _parents() -> Iterator[tuple[Path, int]]:
-    """Give folders that may take a new memory cgroup, nearest first, with the version."""
+def _make(parent: Path) -> Path:
+    """Make a folder of our own in a cgroup. Raises OSError."""
+    for number in _numbers:
+        folder = parent / f"{_NAME}-{os.getpid()}-{number}"
+        # Process ids come again: what another left may be there.
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise AssertionError("numbers do not end")
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what runs that were killed have left in a cgroup: the empty ones of processes that are no more."""
+    for folder in parent.glob(f"{_NAME}-*-*"):
+        owner = folder.name.split("-")[1]
+        if owner.isdecimal() and not Path(f"/proc/{owner}").exists():
+            # One that is not empty cannot be removed.
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _parents(mounts: Path = _MOUNTS, own_groups: Path = _OWN_GROUPS) -> Iterator[tuple[Path, int, str]]:
+    """Give folders that may take a new memory cgroup, nearest first, with the version, and why it cannot be there."""
     try:
-        groups = [line.split(":", 2) for line in Path("/proc/self/cgroup").read_text().splitlines()]
+        groups = [line.split(":", 2) for line in own_groups.read_text().splitlines()]
     except OSError:
         return
     for _, controllers, path in groups:
         if controllers == "":
-            for root in (_MOUNTS, _MOUNTS / "unified"):
+            for root in (mounts, mounts / "unified"):
                 for folder in (root / path.strip("/"), *_up(root, path)):
-                    enabled = folder / "cgroup.subtree_control"
-                    # Elsewhere a child would have no memory controller.
-                    if enabled.is_file() and "memory" in enabled.read_text().split():
-                        yield folder, 2
+                    if "memory" in _words(folder / "cgroup.subtree_control"):
+                        yield folder, 2, ""
+                    elif "memory" in _words(folder / "cgroup.controllers"):
+                        # A child would have no memory controller. No process may be in one that passes it on.
+                        yield (
+                            folder,
+                            2,
+                            "it has the memory controller but does not pass it on (what helps: echo +memory > "
+                            f"{folder / 'cgroup.subtree_control'}, once its processes are in a cgroup below it)",
+                        )
         elif "memory" in controllers.split(","):
-            root = _MOUNTS / "memory"
+            root = mounts / "memory"
             for folder in (root / path.strip("/"), *_up(root, path)):
                 if (folder / "memory.limit_in_bytes").is_file():
-                    yield folder, 1
+                    yield folder, 1, ""
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return path.read_text().split()
+    except OSError:
+        return []
 
 
 def _up(root: Path, path: str) -> Iterator[Path]:

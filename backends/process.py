@@ -29,7 +29,11 @@ def volunteer_to_oom_killer(score: int = 1000) -> None:
 
 def suppress_core_dumps() -> None:
     """Leave no core dump: it would have the user's audio in it."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Not 0: where core_pattern is a pipe (apport, systemd-coredump) the kernel dumps whatever the limit is, but for a
+    # limit of exactly 1, which it takes for a crash of the dump's own reader (core(5)). And no core file is that small.
+    # Refused where the hard limit is 0 already: that one stays.
+    with contextlib.suppress(ValueError):
+        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
 
 
 def begin_as_child(parent: int, *, oom_score: int = 1000) -> None:

@@ -272,7 +272,8 @@ print(json.dumps([kinds, fault.record().to_json(), same, core, len(bytearray(256
     assert kinds == ["ok", "host_oom", "host_oom", "ok"], f"the four loads ended with {kinds}"
     assert (record["points_seen"], record["faults_fired"], record["absorbed"]) == (4, 2, 0), f"the record is {record}"
     assert same_limit, "RLIMIT_DATA was not put back"
-    assert core == [0, 0], f"core dumps are not suppressed: RLIMIT_CORE is {core}"
+    # 0 where it was 0 for good: it cannot be raised.
+    assert core in ([1, 1], [0, 0]), f"core dumps are not suppressed: RLIMIT_CORE is {core}"
     assert size == 256 * MIB, f"{size} bytes could be had afterwards"
 
 

@@ -303,7 +303,8 @@ def test_a_worker_is_the_first_to_go_and_leaves_no_core(shared: WorkerEngine) ->
         assert score == 1000, f"oom_score_adj is {score}"
         limits = Path(f"/proc/{worker.pid}/limits").read_text()
         (core,) = [line.split()[4:6] for line in limits.splitlines() if line.startswith("Max core file size")]
-        assert core == ["0", "0"], f"core dumps are limited to {core}"
+        # A limit of 1 keeps a pipe from having it, too; 0 where it was 0 for good.
+        assert core in (["1", "1"], ["0", "0"]), f"core dumps are limited to {core}"
         assert os.getsid(worker.pid) == worker.pid, "it is in another session than its own"
 
 

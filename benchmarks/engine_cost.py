@@ -25,6 +25,7 @@ import argparse
 import contextlib
 import os
 import platform
+import shlex
 import sys
 import tempfile
 import time
@@ -290,8 +291,11 @@ def document(rows: list[Row], about: str, when: datetime, others_cores: float, c
     """Write the result as a page."""
     return f"""# What protection costs
 
-Measured on {when:%Y-%m-%d} (UTC): {about}. Meanwhile other programs kept {others_cores:.2f} cores busy: that
-disturbs the numbers, and a worker waits for a core where the caller has one already. Generated; repeat it with
+Measured on {when:%Y-%m-%d} (UTC) on {about}.
+Meanwhile other programs kept {others_cores:.2f} cores busy. Where no core is free, the worker waits for one, and the
+added latency is that of the machine's scheduler.
+
+Generated. To measure again, on a machine with nothing else to do:
 
 ```text
 {command}
@@ -301,7 +305,7 @@ disturbs the numbers, and a worker waits for a core where the caller has one alr
 - What is compared takes turns. *Without* and *With* are the medians of both sides, for one call.
 - *Median* is that of the pairs' differences or ratios. Its interval asks nothing of their distribution.
 - A limit is kept (pass) or broken (fail) only if the whole interval says so. Otherwise as many pairs are added, once.
-- What each side includes is said in `benchmarks/engine_cost.py`.
+- What each side includes is said in [`benchmarks/engine_cost.py`](../benchmarks/engine_cost.py).
 """
 
 
@@ -348,7 +352,7 @@ def main(arguments: list[str]) -> int:
     began_s, others_before_s = time.monotonic(), others_s()
     rows = run(given.backend, Plan(given.pairs, given.seed))
     others_cores = max(0.0, others_s() - others_before_s) / (time.monotonic() - began_s)
-    command = " ".join(["nox -s bench", *(["--", *arguments] if arguments else [])])
+    command = shlex.join(["nox", "-s", "bench", *(["--", *arguments] if arguments else [])])
     page = document(rows, machine(availability.runtime), datetime.now(UTC), others_cores, command)
     print(f"\n{page}")
     if given.out:

@@ -172,6 +172,7 @@ def _record(job: Job, subject: Any, stream: Any, accepted: int) -> tuple[int, bo
             refused_s = now_s if refused_s is None else refused_s
             if emergency or now_s - refused_s > job.retry_s:
                 return accepted, False
+            orders.look()
             time.sleep(_RETRY_EVERY_S)
             continue
         say(accepted=accepted)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 _NEW_MOUNTS, _NEW_USER = 0x0002_0000, 0x1000_0000
 _NOSUID, _NODEV, _RECURSIVE, _PRIVATE = 0x2, 0x4, 0x4000, 0x4_0000
-_BALLAST = "ballast"
+_BALLAST, _PROBE = "ballast", "probe"
 #: Where a user's PATH often does not look.
 _TOOLS = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"
 
@@ -105,6 +105,17 @@ class DiskOutside:
         except OSError as error:
             raise StorageUnavailable(f"ext4 cannot be made to find an error here ({error})") from error
 
+    def is_read_only(self) -> bool:
+        """Whether a write is refused for that reason: it is tried."""
+        try:
+            os.close(os.open(_PROBE, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self._fd))
+        except OSError as error:
+            if error.errno != errno.EROFS:
+                raise
+            return True
+        os.unlink(_PROBE, dir_fd=self._fd)
+        return False
+
     def copy(self, name: str, to: Path) -> None:
         """Copy a folder of the disk to where there is room."""
         shutil.copytree(f"/proc/self/fd/{self._fd}/{name}", to)
@@ -149,14 +160,20 @@ def repair(image: Path) -> None:
     _run("e2fsck", "-p", str(image), accepted=(0, 1))
 
 
-def limit_file_size(process_ids: Iterable[int], limit_bytes: int | None) -> None:
-    """Set the soft RLIMIT_FSIZE of running processes of ours (None: as much as the hard one allows)."""
+def limit_file_size(process_ids: Iterable[int], limit_bytes: int | None) -> list[int]:
+    """Set the soft RLIMIT_FSIZE of running processes of ours (None: as much as the hard one allows).
+
+    Give the limits that they have then, as the kernel tells them: of those that still run.
+    """
+    limits = []
     for process_id in process_ids:
         # A worker may have been replaced meanwhile.
         with contextlib.suppress(ProcessLookupError):
             _, hard = resource.prlimit(process_id, resource.RLIMIT_FSIZE)
             soft = hard if limit_bytes is None else limit_bytes
             resource.prlimit(process_id, resource.RLIMIT_FSIZE, (soft, hard))
+            limits.append(resource.prlimit(process_id, resource.RLIMIT_FSIZE)[0])
+    return limits
 
 
 def _leave_namespace(may_be_root_of_its_own: bool) -> None:

@@ -30,6 +30,10 @@ except StorageUnavailable as error:
 (Path(sys.argv[1]) / "spool" / "a").write_text("kept")
 print("mounted", flush=True)
 input()
+from qualification.storage import _mount
+_mount("none", sys.argv[1], "", 0x21, "")
+print("read-only", flush=True)
+input()
 """
 
 
@@ -58,6 +62,20 @@ def test_a_disk_is_full_to_the_last_byte_and_has_room_again(process: subprocess.
         outside.make_room()
         (inside / "more").write_text("x")
     assert SIZE_BYTES - 16_384 < filled_bytes <= SIZE_BYTES, f"{filled_bytes} of {SIZE_BYTES} bytes were filled"
+
+
+def test_whether_a_disk_is_read_only_is_tried(process: subprocess.Popen[str], tmp_path: Path) -> None:
+    disk = Disk(str(tmp_path / "disk"), SIZE_BYTES)
+    assert process.stdin is not None and process.stdout is not None
+    with DiskOutside(disk, process.pid) as outside:
+        before = outside.is_read_only()
+        left = [path.name for path in Path(f"/proc/{process.pid}/root{disk.folder}").iterdir()]
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "read-only\n"
+        after = outside.is_read_only()
+    assert (before, after) == (False, True), f"before and after a remount it says {before} and {after}"
+    assert left == ["spool"], f"the attempt left {left}"
 
 
 def test_a_disk_is_seen_by_its_process_alone_and_gone_with_it(process: subprocess.Popen[str], tmp_path: Path) -> None:
@@ -101,12 +119,13 @@ def test_a_limit_on_file_sizes_reaches_a_running_process_and_is_taken_back() -> 
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         before = resource.prlimit(child.pid, resource.RLIMIT_FSIZE)
-        limit_file_size([child.pid], 1000)
+        told = limit_file_size([child.pid], 1000)
         during = resource.prlimit(child.pid, resource.RLIMIT_FSIZE)
         limit_file_size([child.pid], None)
         after = resource.prlimit(child.pid, resource.RLIMIT_FSIZE)
     finally:
         child.communicate(b"\n")
-    limit_file_size([child.pid], 1000)
+    gone = limit_file_size([child.pid], 1000)
+    assert (told, gone) == ([1000], []), f"it tells of {told}, and of {gone} once it is gone"
     assert during == (1000, before[1]), f"the limit was {during}"
     assert after == (before[1], before[1]), f"the limit is {after}, and was {before}"

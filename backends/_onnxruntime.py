@@ -373,7 +373,8 @@ class OrtBackend(Backend):
             raise ValueError(f"size_bytes is {size_bytes}: expected at least 4")
         allocate = self._allocate_here if self._elsewhere is None else self._elsewhere.allocate
         held = _Held(allocate(size_bytes))
-        self._allocations.add(held)
+        with self._lock:
+            self._allocations.add(held)
         return held
 
     def _allocate_here(self, size_bytes: int) -> Allocation:
@@ -421,7 +422,9 @@ class OrtBackend(Backend):
             self._move_held(self._allocate_here)
 
     def _move_held(self, allocate: Callable[[int], Allocation]) -> None:
-        for held in tuple(self._allocations):
+        with self._lock:
+            allocations = tuple(self._allocations)
+        for held in allocations:
             try:
                 held.move(allocate)
             except Exception as error:
@@ -601,11 +604,13 @@ class OrtBackend(Backend):
     def _run_point(self, once: Callable[[], FloatArray], working_set_bytes: int, features: FloatArray) -> FloatArray:
         """Run the model once; at a point where a plan strikes, with its fault in place."""
         self._working_set_bytes = working_set_bytes
-        # The fallback has no limit, and the faults of the device are not its.
-        if self._limit_bytes is None or not self._board.live():
+        if not self._board.live():
             return once()
         self._lift_what_is_over()
         faults = self._faults_at(*_RUN_SITES)
+        if self._limit_bytes is None:
+            # The fallback, and the faults of the device are not its. What the input brings about goes where it goes.
+            faults = [fault for fault in faults if fault.plan.input_above is not None]
         struck = [fault for fault in faults if fault.strike(lambda: float(features.max()))]
         # Garbage of an earlier point that nobody has collected yet still holds the memory.
         lingering = [

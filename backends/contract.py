@@ -134,7 +134,7 @@ class FaultPlan:
     The ``nth`` point (from 1) and the following, ``times`` in all (None: from there on, until disarmed). ``min_bytes``
     is the smallest request that is refused. ``process`` and ``thread`` narrow the plan where a site has several
     (None: any). With ``input_above`` only a run whose input has a value above it is a point: the fault belongs to what
-    is computed, whenever that is. After ``disarm_after_s`` seconds the plan disarms itself.
+    is computed, whenever that is, on the fallback too. After ``disarm_after_s`` seconds the plan disarms itself.
     """
 
     site: Site

@@ -41,7 +41,11 @@ class Failure:
 
 
 class RecoveryFailed(Exception):
-    """No rung helped. Nothing accepted is lost."""
+    """No rung helped. Nothing accepted is lost. ``kind`` is that of the last failure."""
+
+    def __init__(self, kind: ErrorKind, text: str) -> None:
+        super().__init__(text)
+        self.kind = kind
 
 
 class NotOurs(Exception):
@@ -76,6 +80,8 @@ class Ladder:
         self._errors_in_a_row = errors_in_a_row
         self._stopped = stopped
         self._device_errors = 0
+        #: Rungs that themselves failed in this recovery.
+        self.rung_failures = 0
 
     def run(self, work: Callable[[], T]) -> T:
         """Do the work; climb until it succeeds. Raises RecoveryFailed when nothing helps, NotOurs for other errors."""
@@ -137,16 +143,17 @@ class Ladder:
         self._metrics.add("recoveries_attempted")
         self._tell(failure)
         began_s = time.perf_counter()
-        attempts = 0
-        for rung in self._rungs:
+        attempts = self.rung_failures = 0
+        for place, rung in enumerate(self._rungs):
+            tried = False
             while rung.not_now() is None and not self._skips(rung):
-                if (
-                    self._stopped()
-                    or attempts >= self._max_attempts
-                    or time.perf_counter() - began_s > self._deadline_s
-                ):
+                if self._stopped() or attempts >= self._max_attempts:
                     raise self._give_up(failure, attempts, began_s)
+                if time.perf_counter() - began_s > self._deadline_s and (tried or self._has_after(place)):
+                    # Too late for this one. The last that there is gets one attempt, however late it is.
+                    break
                 attempts += 1
+                tried = True
                 outcome = self._climb(rung, work)
                 if not isinstance(outcome, Failure):
                     latency_s = time.perf_counter() - began_s
@@ -163,9 +170,14 @@ class Ladder:
                 failure = outcome
                 if failure.kind is ErrorKind.OTHER and not failure.of_rung:
                     raise NotOurs(failure.text)
-                if not rung.repeats:
+                if not rung.repeats or (failure.of_rung and self._has_after(place)):
+                    # What cannot even be acted on now is not insisted on while there is something else.
                     break
         raise self._give_up(failure, attempts, began_s)
+
+    def _has_after(self, place: int) -> bool:
+        """Whether a rung after this one applies."""
+        return any(rung.not_now() is None for rung in self._rungs[place + 1 :])
 
     def _skips(self, rung: Rung) -> bool:
         """So many device errors in a row mean the fallback, if there is one, whatever else there would be to try."""
@@ -180,6 +192,7 @@ class Ladder:
         self._metrics.add(f"{name}_attempts")
         acted = self._attempt(rung.act)
         if isinstance(acted, Failure):
+            self.rung_failures += 1
             self._note(acted)
             self._events.tell(rung.kind, f"{name} itself failed ({acted.text})", "the next rung is tried", rung.meaning)
             self._metrics.took(name, time.perf_counter() - began_s)
@@ -199,4 +212,5 @@ class Ladder:
 
     def _give_up(self, failure: Failure, attempts: int, began_s: float) -> RecoveryFailed:
         self._metrics.took("recovery", time.perf_counter() - began_s)
-        return RecoveryFailed(f"{failure.text}, after {attempts} attempts in {time.perf_counter() - began_s:.1f} s")
+        took_s = time.perf_counter() - began_s
+        return RecoveryFailed(failure.kind, f"{failure.text}, after {attempts} attempts in {took_s:.1f} s")

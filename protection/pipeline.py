@@ -6,6 +6,7 @@ recording goes on whatever the device does.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -38,7 +39,7 @@ SCORE_TOLERANCE = 1e-3
 _RETENTION_EVERY_S = 60.0
 _STORAGE_BACKOFF_S = (0.1, 5.0)
 _RETURN_DELAY_MOST_S = 30.0
-_RESTART_DELAY_MOST_S = 5.0
+_RESTART_DELAY_MOST_S = 2.0
 #: What a reading of the device's memory raises while the worker that has it is gone, stopped or just starting.
 _NO_READING = (OSError, RuntimeFailure, BackendError)
 _SAFE = "nothing is lost: everything accepted is in the spool"
@@ -152,6 +153,8 @@ class DictationPipeline:
         self._in_hand = 1
         self._return_delay_s = self._policy.return_after_s
         self._return_not_before_s = 0.0
+        #: Whether the device failed for another reason than memory, and has not proved itself since.
+        self._distrusted = False
         self._ladder = self._make_ladder()
         if engine.degraded:
             failure = engine.start_failure
@@ -167,8 +170,17 @@ class DictationPipeline:
             )
         self._worker = threading.Thread(target=self._work, name="plimsoll-work", daemon=True)
         self._watcher = threading.Thread(target=self._watch, name="plimsoll-pressure", daemon=True)
-        self._worker.start()
-        self._watcher.start()
+        try:
+            self._worker.start()
+            self._watcher.start()
+        except BaseException:
+            self._shut_down = "it could not be started"
+            if self._worker.ident is None:
+                engine.close()
+            else:
+                self._worker.join(self._policy.shutdown_deadline_s)
+            self._spool.close()
+            raise
 
     # The subject protocol.
 
@@ -271,7 +283,8 @@ class DictationPipeline:
     def quiesce(self) -> None:
         """Answer everything and give cached memory back: the state in which memory is compared."""
         self.drain(self._policy.recovery_deadline_s)
-        with self._wake:
+        with contextlib.suppress(OSError):
+            # A worker that is gone or stopped keeps nothing that could be waited for.
             self._engine.release_cached()
 
     def recovered(self) -> FloatArray:
@@ -344,7 +357,9 @@ class DictationPipeline:
                 backoff_s = _STORAGE_BACKOFF_S[0]
             except RecoveryFailed as error:
                 if not self._is_shut_down():
-                    self._emergency(f"no rung of the ladder helped: {error}")
+                    memory = error.kind.is_oom
+                    kind = EventKind.PRESSURE_EMERGENCY if memory else EventKind.DEVICE_ERROR
+                    self._emergency(f"no rung of the ladder helped: {error}", kind)
             except Exception as error:
                 if self._is_shut_down():
                     break
@@ -425,6 +440,8 @@ class DictationPipeline:
         kind = classify(error)
         if isinstance(error, WorkerLost):
             self._metrics.add(f"workers_lost_{error.cause.replace(' ', '_')}")
+            if error.at_start:
+                return
         if kind not in (ErrorKind.PROCESS_LOST, ErrorKind.OTHER):
             return
         if self._in_hand > 1:
@@ -432,7 +449,9 @@ class DictationPipeline:
             self._batch, self._good_batches = 1, 0
             return
         self._failing = (start, self._failing[1] + 1 if self._failing[0] == start else 1)
-        if kind is ErrorKind.PROCESS_LOST and self._failing[1] >= self._policy.attempts_per_chunk:
+        # One that the device dies of may have an answer on the fallback: the ladder comes to that first.
+        last = self._engine.degraded or "cpu_fallback" not in self._policy.rungs
+        if kind is ErrorKind.PROCESS_LOST and last and self._failing[1] >= self._policy.attempts_per_chunk:
             self._metrics.add("workers_lost_total")
             raise ChunkKills(str(error)) from None
 
@@ -472,7 +491,8 @@ class DictationPipeline:
         # Alone next time: one bad chunk must not take its neighbours with it.
         self._batch, self._good_batches = 1, 0
         start, stop = chunks[len(made)]
-        if self._failing[0] != start or self._failing[1] < self._policy.attempts_per_chunk:
+        failed, times = self._failing
+        if failed != start or times < self._policy.attempts_per_chunk:
             return results
         self._failing = (-1, 0)
         if not self._engine_is_sound():
@@ -482,7 +502,7 @@ class DictationPipeline:
         self._metrics.add("chunks_set_aside")
         self._events.tell(
             EventKind.CHUNK_SET_ASIDE,
-            f"samples [{start}, {stop}) failed {self._policy.attempts_per_chunk} times ({why})",
+            f"samples [{start}, {stop}) failed {times} times ({why})",
             "they were set aside",
             "this part has no answer; its audio is kept and can be exported",
         )
@@ -590,9 +610,10 @@ class DictationPipeline:
         return "the worker was replaced"
 
     def _back_off(self) -> None:
-        """Wait before the next worker is started, longer with each that was lost in a row."""
-        if self._engine.lost and self._ladder.errors_in_a_row > 1:
-            delay_s = self._policy.restart_backoff_s * 2 ** (self._ladder.errors_in_a_row - 2)
+        """Wait before the next worker is started, longer with each that was lost, or could not be had, in a row."""
+        again = max(self._ladder.rung_failures, self._ladder.errors_in_a_row - 1 if self._engine.lost else 0)
+        if again > 0:
+            delay_s = self._policy.restart_backoff_s * 2.0 ** (again - 1)
             with self._wake:
                 self._wake.wait_for(self._is_shut_down, min(delay_s, _RESTART_DELAY_MOST_S))
 
@@ -600,6 +621,10 @@ class DictationPipeline:
         before = self._engine.device
         self._back_off()
         self._engine.fall_back()
+        if self._ladder.errors_in_a_row:
+            # It was not memory: a device that passes its trial and fails at work is not asked again and again.
+            self._distrusted = True
+            self._return_later()
         self._may_return.reset()
         self._metrics.add("fallbacks")
         return f"inference moved from {before} to {self._engine.device}"
@@ -607,16 +632,18 @@ class DictationPipeline:
     def _grow(self) -> None:
         """Double a reduced batch again after enough good ones, while nothing presses."""
         self._good_batches += 1
+        if self._good_batches >= self._policy.batches_before_growth and not self._engine.degraded:
+            self._distrusted = False
         pressed = max(self._device_pressure.level, self._host_pressure.level) > Level.NORMAL
         if self._batch < self._policy.max_batch and self._good_batches >= self._policy.batches_before_growth:
             self._good_batches = 0
             if not pressed:
                 self._batch = min(self._batch * 2, self._policy.max_batch)
 
-    def _emergency(self, why: str) -> None:
+    def _emergency(self, why: str, kind: EventKind = EventKind.PRESSURE_EMERGENCY) -> None:
         if "emergency_shutdown" not in self._policy.rungs:
-            # Allowed to stop nothing: it waits for memory, and the recording goes on.
-            self._events.tell(EventKind.PRESSURE_EMERGENCY, why, "waiting for memory", f"answers are late; {_SAFE}")
+            # Not allowed to stop: it tries again, and the recording goes on.
+            self._events.tell(kind, why, "waiting, and trying again", f"answers are late; {_SAFE}")
             with self._wake:
                 self._wake.wait_for(self._is_shut_down, 1.0)
             return
@@ -735,6 +762,10 @@ class DictationPipeline:
             self._unloaded = True
             self._metrics.add("unloads")
 
+    def _return_later(self) -> None:
+        self._return_not_before_s = time.monotonic() + self._return_delay_s
+        self._return_delay_s = min(2 * self._return_delay_s, _RETURN_DELAY_MOST_S)
+
     def _consider_return(self) -> None:
         if not (self._return_wanted and self._engine.degraded) or self._unloaded:
             return
@@ -752,10 +783,10 @@ class DictationPipeline:
         if not returned:
             # A device without room for one chunk is not asked again and again.
             self._metrics.add("returns_failed")
-            self._return_not_before_s = time.monotonic() + self._return_delay_s
-            self._return_delay_s = min(2 * self._return_delay_s, _RETURN_DELAY_MOST_S)
+            self._return_later()
             return
-        self._return_delay_s = self._policy.return_after_s
+        if not self._distrusted:
+            self._return_delay_s = self._policy.return_after_s
         self._batch, self._good_batches = self._policy.max_batch, 0
         self._metrics.add("returns_to_device")
         self._events.tell(

@@ -27,14 +27,26 @@ from typing import Any
 
 import numpy as np
 
-from backends import contract
-from backends.contract import Allocation, Backend, BackendError, FloatArray, Health, MemoryReading, Share
+from backends.contract import (
+    Allocation,
+    Backend,
+    BackendError,
+    FloatArray,
+    Health,
+    LimitNotEnforced,
+    MemoryReading,
+    ModelError,
+    Share,
+    Unsupported,
+)
 from backends.errors import ErrorKind, RuntimeFailure
 from backends.model import N_MELS, ModelSpec
 from protection.channel import AwakeClock, Channel, Ended, Frame, Kind, TornMessage, Wait, until
 from protection.engine import EngineError, StartFailure
 from protection.worker import EXIT_HOST_SILENT, boot
 
+#: The errors of the contract, by name: what a worker refused is refused here.
+_REFUSALS = {each.__name__: each for each in (BackendError, LimitNotEnforced, ModelError, Unsupported)}
 #: A process with these finds no accelerator: the fallback cannot touch the failed device.
 NO_ACCELERATOR = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "ROCR_VISIBLE_DEVICES": ""}
 _STDERR_MOST_BYTES = 1 << 20
@@ -47,11 +59,14 @@ _STANDBY_EVERY_S = 5.0
 
 
 class WorkerLost(RuntimeFailure):
-    """The worker died, hung or broke the protocol, and was ended. ``cause`` is one of those three."""
+    """The worker died, hung or broke the protocol, and was ended; or it did not start. ``cause`` is one of those four.
 
-    def __init__(self, cause: str, text: str) -> None:
+    ``at_start`` says that it was not at work yet: whatever it was to compute has no part in it.
+    """
+
+    def __init__(self, cause: str, text: str, *, at_start: bool = False) -> None:
         super().__init__(ErrorKind.PROCESS_LOST, text)
-        self.cause = cause
+        self.cause, self.at_start = cause, at_start
 
 
 @dataclass(frozen=True)
@@ -85,9 +100,13 @@ class Worker:
     ) -> None:
         """Start the process, and have it ``load`` the model at once; ``ready`` waits for it."""
         self._deadlines = deadlines
-        self._work, self._side, self._stderr, self._process = launcher.submit(
-            _launch, share.descriptors, NO_ACCELERATOR if hides_accelerator else {}
-        ).result()
+        try:
+            self._work, self._side, self._stderr, self._process = launcher.submit(
+                _launch, share.descriptors, NO_ACCELERATOR if hides_accelerator else {}
+            ).result()
+        except (OSError, subprocess.SubprocessError) as error:
+            # No descriptor, no process, no memory for one: that passes, and is nobody's fault.
+            raise WorkerLost("did not start", f"no worker could be started ({error})", at_start=True) from error
         self._numbers = itertools.count(1)
         self._side_numbers = itertools.count(1)
         self._side_lock = threading.Lock()
@@ -131,12 +150,20 @@ class Worker:
             number, self._starting = self._starting, 0
             # A process that starts on a busy machine gives no sign of life before it has imported its libraries.
             patience = _Patience(self, self._deadlines.start_s, self._deadlines.start_s)
-            self.loaded = self._receive(number, patience).meta
+            try:
+                self.loaded = self._receive(number, patience).meta
+            except WorkerLost as error:
+                error.at_start = True
+                raise
         return self.loaded
 
     def load(self) -> None:
         """Have it load the model. Raises as ``work`` does."""
-        self.loaded = self.work("load", self._deadlines.start_s, silence_s=self._deadlines.start_s).meta
+        try:
+            self.loaded = self.work("load", self._deadlines.start_s, silence_s=self._deadlines.start_s).meta
+        except WorkerLost as error:
+            error.at_start = True
+            raise
 
     def work(
         self,
@@ -174,6 +201,7 @@ class Worker:
             while True:
                 frame = self._work.receive(patience)
                 patience.heard()
+                patience.check()
                 if frame.kind is Kind.BEAT:
                     continue
                 if frame.number != number:
@@ -227,8 +255,9 @@ class Worker:
             try:
                 self._send_side(number, do, meta, wait)
                 while (frame := self._side.receive(wait)).number != number:
-                    # The answer to a question that was given up.
-                    pass
+                    # The answer to a question that was given up; not for ever.
+                    if time.monotonic() > deadline_s:
+                        raise TimeoutError(f"worker {self.process_id} answers other questions than {do!r}")
                 failure = _failure(frame)
             except TimeoutError:
                 # What it takes for this question when it comes to it, nobody will refer to.
@@ -338,16 +367,20 @@ class _Patience:
     def heard(self) -> None:
         self._heard_s = self._clock.read_s()
 
+    def check(self) -> float:
+        """Give the seconds so far. Something that comes is not yet an answer: signs of life put nothing off."""
+        now_s = self._clock.read_s()
+        if now_s > self._deadline_s:
+            raise _Impatient(f"no answer within {self._deadline_s:g} s")
+        if self._worker.cancelled:
+            raise _Impatient("it was not waited for any longer")
+        return now_s
+
     def __call__(self, end: socket.socket, write: bool) -> None:
         while True:
             can = until(end, write, AwakeClock.STEP_S)
             self._worker.shorten_stderr()
-            now_s = self._clock.read_s()
-            # Something that comes is not yet an answer: signs of life do not put the deadline off.
-            if now_s > self._deadline_s:
-                raise _Impatient(f"no answer within {self._deadline_s:g} s")
-            if self._worker.cancelled:
-                raise _Impatient("it was not waited for any longer")
+            now_s = self.check()
             if can:
                 return
             if now_s - self._heard_s > self._silence_s:
@@ -402,7 +435,7 @@ def _failure(frame: Frame) -> Exception | None:
     meta = frame.meta
     try:
         if meta["refused"]:
-            refusal: type[Exception] = getattr(contract, meta["error"], BackendError)
+            refusal = _REFUSALS.get(meta["error"], BackendError)
             return refusal(meta["text"])
         return RuntimeFailure(ErrorKind(meta["kind"]), f"{meta['error']}: {meta['text']}")
     except (KeyError, TypeError, ValueError) as error:
@@ -466,7 +499,9 @@ class _DeviceElsewhere:
         return worker
 
     def memory(self) -> MemoryReading:
-        if self._engine._device is None and self._last is not None:
+        worker = self._engine._device
+        if (worker is None or not worker.alive) and self._last is not None:
+            # Also where it died unasked, while the fallback is in use: then the way back is open.
             return replace(self._last, used_bytes=0, reserved_bytes=0, source="no process has the device now")
         self._last = MemoryReading(**self._worker().side("memory")[1])
         return self._last
@@ -502,8 +537,8 @@ class WorkerEngine:
     ) -> None:
         """Start a worker and load the model on its device, or where that has no memory or dies on the fallback.
 
-        With ``standby`` the fallback's worker is started and loaded now, and kept: it costs memory, and the fallback is
-        immediate. Raises ModelError, or what the runtime raised when neither has memory, as RuntimeFailure.
+        With ``standby`` the fallback's worker is started now, loads meanwhile, and is kept: it costs memory, and the
+        fallback is immediate. Raises ModelError, or what the runtime raised when neither has memory, as RuntimeFailure.
         """
         self._backend, self._owns_backend = backend, owns_backend
         self._path = model_path.resolve()
@@ -533,7 +568,7 @@ class WorkerEngine:
         if self.start_failure is not None:
             self.fall_back()
         elif self._standby:
-            self._start_fallback()
+            self._start_standby()
         loaded = (self._fallback if self._degraded else self._device) or self._device
         assert loaded is not None
         self.spec = ModelSpec(
@@ -566,6 +601,7 @@ class WorkerEngine:
         except BaseException:
             self._drop(worker)
             raise
+        self.lost = False
         # What was held on the device before is held again.
         self._backend.hand_over(self._elsewhere)
         # The limit is known from here on, also while no process has the device.
@@ -651,9 +687,12 @@ class WorkerEngine:
         self._drop(self._fallback)
         if time.monotonic() >= self._standby_not_before_s:
             self._standby_not_before_s = time.monotonic() + _STANDBY_EVERY_S
-            # The answer that was made does not depend on it.
-            with contextlib.suppress(RuntimeFailure, OSError):
-                self._start_fallback()
+            self._start_standby()
+
+    def _start_standby(self) -> None:
+        # Nothing depends on it yet.
+        with contextlib.suppress(RuntimeFailure, BackendError, OSError, MemoryError):
+            self._start_fallback()
 
     def _in_use(self) -> Worker | None:
         worker = self._fallback if self._degraded else self._device

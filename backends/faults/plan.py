@@ -43,8 +43,13 @@ class Board:
         size = _HEAD_BYTES + _SLOTS * _SLOT_BYTES
         if descriptor is None:
             # No name: nothing is left behind, whoever is killed.
-            descriptor = os.memfd_create("plimsoll-faults")
-            os.ftruncate(descriptor, size)
+            made = os.memfd_create("plimsoll-faults")
+            try:
+                os.ftruncate(made, size)
+                # Above the standard streams, which a worker has its own of.
+                descriptor = fcntl.fcntl(made, fcntl.F_DUPFD_CLOEXEC, 3)
+            finally:
+                os.close(made)
         self.descriptor = descriptor
         self._map = mmap.mmap(descriptor, size)
         weakref.finalize(self, os.close, descriptor)

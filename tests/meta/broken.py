@@ -132,12 +132,12 @@ def blames_the_audio(context: Any) -> DictationPipeline:
 
 
 class _LateSpool(Spool):
-    """Acknowledges first and stores later: what it holds back is lost with the process."""
+    """Acknowledges first and stores later, but for long blocks: what it holds back is lost with the process."""
 
     def append(self, start: int, samples: FloatArray) -> int:
         late: list[tuple[int, FloatArray]] = self.__dict__.setdefault("late", [])
         late.append((start, samples))
-        if len(late) == 8:
+        if len(late) == 8 or len(samples) > 16_000:
             for held_start, held in late:
                 super().append(held_start, held)
             late.clear()
@@ -207,15 +207,15 @@ def counts_no_ooms(context: Any) -> DictationPipeline:
 
 
 class _HastyPipeline(DictationPipeline):
-    """Falls back at once, before it tries what costs less."""
+    """Falls back before it tries a smaller batch. (What is in the way on the device it gives back: it returns.)"""
 
     def _make_ladder(self) -> Any:
         ladder = super()._make_ladder()
-        ladder._rungs.reverse()
+        ladder._rungs.sort(key=lambda rung: rung.kind is EventKind.REDUCE_BUFFER)
         return ladder
 
 
-def falls_back_first(context: Any) -> DictationPipeline:
+def falls_back_too_early(context: Any) -> DictationPipeline:
     return _with(context, DictationPipeline=_HastyPipeline)
 
 
@@ -256,21 +256,21 @@ def answers_nothing(context: Any) -> DictationPipeline:
     return _with(context, DictationPipeline=_MutePipeline)
 
 
-class _RefusingPipeline(DictationPipeline):
-    """Accepts nothing, so there is nothing to lose."""
+class _SatedPipeline(DictationPipeline):
+    """Accepts a few seconds and no more: what it does not accept, it cannot lose."""
 
     def feed(self, start: int, block: FloatArray) -> int:
-        return start
+        return super().feed(start, block) if start < 4 * 16_000 else start
 
 
-def accepts_nothing(context: Any) -> DictationPipeline:
-    return _with(context, DictationPipeline=_RefusingPipeline)
+def accepts_no_more(context: Any) -> DictationPipeline:
+    return _with(context, DictationPipeline=_SatedPipeline)
 
 
 class _TellingPipeline(DictationPipeline):
     """Tells of an emergency shutdown, and goes on recording."""
 
-    def _emergency(self, why: str) -> None:
+    def _emergency(self, why: str, kind: EventKind = EventKind.PRESSURE_EMERGENCY) -> None:
         self._events.tell(EventKind.EMERGENCY_SHUTDOWN, why, "nothing", "nothing")
 
 

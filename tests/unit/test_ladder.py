@@ -56,6 +56,28 @@ def _device_error() -> Exception:
     return RuntimeError(DEVICE_TEXT)
 
 
+def test_a_rung_that_cannot_be_acted_on_gives_way_to_the_next() -> None:
+    def refused() -> str:
+        raise MemoryError
+
+    work, calls = _failing(1)
+    climb = Climb([_rung(RESTART, refused, repeats=True), _rung(FALLBACK, repeats=True)])
+    assert climb.ladder.run(work) == "answer"
+    assert len(calls) == 2 and climb.kinds()[-2:] == [FALLBACK, EventKind.RECOVERED], f"told: {climb.kinds()}"
+    assert climb.ladder.rung_failures == 1, f"{climb.ladder.rung_failures} rungs failed"
+
+
+def test_the_last_rung_gets_an_attempt_however_late_it_is() -> None:
+    def slow() -> str:
+        time.sleep(0.2)
+        raise MemoryError
+
+    work, _ = _failing(1)
+    climb = Climb([_rung(RESTART, slow), _rung(COLLECT), _rung(FALLBACK)], deadline_s=0.1)
+    assert climb.ladder.run(work) == "answer"
+    assert COLLECT not in climb.kinds() and FALLBACK in climb.kinds(), f"told: {climb.kinds()}"
+
+
 def test_work_that_succeeds_says_nothing() -> None:
     climb = Climb([_rung(CLEAR)])
     assert climb.ladder.run(lambda: 7) == 7, "the value is another"

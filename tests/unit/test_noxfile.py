@@ -47,7 +47,7 @@ def listed(folder: Path) -> dict[str, str]:
 
 def test_the_sessions_are_the_matrix() -> None:
     cells = {f"{kind}-{environment}" for kind in ("memory-quick", "memory-soak") for environment in ENVIRONMENTS}
-    assert set(listed(ROOT)) == cells | {"memory-quick", "doctor", "tests", "lint", "lock"}
+    assert set(listed(ROOT)) == cells | {"memory-quick", "doctor", "tests", "bench", "lint", "lock"}
 
 
 def test_plain_nox_is_memory_quick() -> None:

@@ -258,8 +258,9 @@ def test_a_worker_outlives_the_thread_that_asked_for_it(start: Start) -> None:
 def test_a_worker_that_cannot_be_started_leaves_nothing(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     before, threads = _descriptors(), set(threading.enumerate())
-    with pytest.raises(FileNotFoundError, match="/nowhere/python"):
+    with pytest.raises(WorkerLost, match="/nowhere/python") as caught:
         start()
+    assert caught.value.cause == "did not start" and caught.value.at_start, f"cause {caught.value.cause}"
     assert _descriptors() == before, f"{before} descriptors before, {_descriptors()} after"
     assert set(threading.enumerate()) == threads, f"threads left: {set(threading.enumerate()) - threads}"
 
@@ -277,6 +278,9 @@ def test_a_host_without_descriptors_cannot_start_a_worker_and_leaves_none(start:
             break
         except OSError as error:
             refused.append(error.errno)
+        except WorkerLost as lost:
+            assert isinstance(lost.__cause__, OSError), f"at most {most}: {lost!r} of {lost.__cause__!r}"
+            refused.append(lost.__cause__.errno)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limit)
         assert _descriptors() == before, f"{before} descriptors before, {_descriptors()} after, at most {most}"

@@ -299,13 +299,73 @@ def test_a_chunk_that_kills_its_workers_is_set_aside_and_its_neighbours_are_answ
         record = fault.record()
     _same(pipeline.results(), expected(samples), but=[2])
     told = [event for event in pipeline.events() if event.kind.value == "chunk_set_aside"]
-    assert len(told) == 1 and "samples [32000, 48000) failed 3 times" in told[0].message, f"told: {told}"
+    assert len(told) == 1 and "samples [32000, 48000) failed 4 times" in told[0].message, f"told: {told}"
     assert "was killed by SIGFPE" in told[0].message, f"the message is {told[0].message!r}"
     assert pipeline.metrics()["chunks_set_aside"] == 1, f"the counts are {dict(pipeline.metrics())}"
-    # With its neighbours once, and then alone.
-    assert record.faults_fired <= 4, f"it killed {record.faults_fired} workers: {record}"
+    # With its neighbours once, then alone on the device, and at last on the fallback.
+    assert record.faults_fired <= 5, f"it killed {record.faults_fired} workers: {record}"
     assert np.array_equal(pipeline.recovered(), samples), "the audio of the chunk is not kept"
-    assert not {True} & {result.degraded for result in pipeline.results() if result.output is not None}, "degraded"
+
+
+def test_a_chunk_that_the_device_dies_of_three_times_is_answered_by_the_fallback(
+    start: Open, bounded: Cpu, audio: Audio, expected: Expected
+) -> None:
+    samples = audio(1.0)
+    pipeline = start(restart_backoff_s=0.01, pressure_interval_s=60.0)
+    with bounded.arm(FaultPlan(Site.RUNTIME_CRASH, times=3)) as fault:
+        pipeline.feed(0, samples)
+        pipeline.drain(60.0)
+        record = fault.record()
+    _same(pipeline.results(), expected(samples))
+    assert record.faults_fired == 3 and _where(pipeline) == {("cpu", True)}, f"{record}; on {_where(pipeline)}"
+
+
+def test_a_device_whose_worker_died_unasked_is_returned_to(
+    start: Open, bounded: Cpu, audio: Audio, expected: Expected
+) -> None:
+    samples = audio(2.0)
+    pipeline = start()
+    with bounded.arm(FaultPlan(Site.DEVICE_MEMORY, times=None)):
+        pipeline.feed(0, samples[:SECOND])
+        pipeline.drain(30.0)
+        (device, _) = _workers(pipeline)
+        device.kill()
+    _until(lambda: "returned_to_device" in _kinds(pipeline), "it is back on the device", 30.0)
+    pipeline.feed(SECOND, samples[SECOND:])
+    pipeline.drain(30.0)
+    _same(pipeline.results(), expected(samples))
+    assert pipeline.results()[-1].device == "cpu:arena", f"the last answer was made on {pipeline.results()[-1].device}"
+
+
+def test_a_worker_that_cannot_load_again_means_the_fallback_and_no_emergency(
+    start: Open, bounded: Cpu, audio: Audio, expected: Expected
+) -> None:
+    samples = audio(1.0)
+    pipeline = start(restart_backoff_s=0.01, pressure_interval_s=60.0)
+    with bounded.arm(FaultPlan(Site.HOST_MEMORY, min_bytes=256_000)) as fault:
+        _workers(pipeline)[0].kill()
+        pipeline.feed(0, samples)
+        pipeline.drain(30.0)
+        record = fault.record()
+    _same(pipeline.results(), expected(samples))
+    assert record.faults_fired == 1, f"the record is {record}"
+    assert _where(pipeline) == {("cpu", True)} and "emergency_shutdown" not in _kinds(pipeline), f"{_kinds(pipeline)}"
+
+
+def test_a_pipeline_whose_thread_cannot_be_started_leaves_nothing(start: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    really = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name == "plimsoll-pressure":
+            raise RuntimeError("can't start new thread")
+        really(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        start()
+    monkeypatch.undo()
+    # The spool is free again, and no process is left.
+    start()
 
 
 def test_a_device_that_misses_a_library_for_ever_means_the_fallback_and_nothing_is_set_aside(

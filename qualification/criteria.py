@@ -90,6 +90,7 @@ _KILLS = (
     ("gaps_and_overlaps", "==", 0, "places", "Results tile what was stored"),
     ("answers_wrong", "==", 0, "answers", "Every answer right"),
     ("orphans", "==", 0, "processes", "No process left behind"),
+    ("hosts_failed", "==", 0, "recordings", "No host fails by itself"),
     *_FIRST_ANSWERS,
 )
 
@@ -213,6 +214,7 @@ CRITERIA: tuple[Criterion, ...] = tuple(
         ("notifications", ">=", 1, "events", "User notified"),
         ("first_answer", "<", 30.0, "s", "First right result within 30 s of the hang"),
         ("answers_wrong", "==", 0, "answers", "Every answer right"),
+        ("gaps_and_overlaps", "==", 0, "places", "Results tile what was accepted"),
     )
     + _for(
         "test_suspend_and_resume",
@@ -220,6 +222,7 @@ CRITERIA: tuple[Criterion, ...] = tuple(
         ("sleepers_undetected", "==", 0, "workers", "A worker that alone does not wake up is replaced"),
         ("samples_lost", "==", 0, "samples", "Nothing acknowledged lost"),
         ("answers_wrong", "==", 0, "answers", "Every answer right"),
+        ("gaps_and_overlaps", "==", 0, "places", "Results tile what was accepted"),
     )
     + _for(
         "test_oom_killer",
@@ -232,16 +235,18 @@ CRITERIA: tuple[Criterion, ...] = tuple(
     )
     + _for(
         "test_poison_chunk",
-        ("not_poisoned", "==", 0, "chunks", "Only the poisoned second set aside"),
+        ("not_poisoned", "==", 0, "chunks", "Only the answer about the poisoned audio set aside"),
         ("samples_different", "==", 0, "samples", "Its audio kept, bit for bit"),
         ("answers_wrong", "==", 0, "answers", "Everything else answered, and right"),
         ("notifications", ">=", 1, "events", "User notified"),
+        ("gaps_and_overlaps", "==", 0, "places", "Results tile what was accepted"),
     )
     + _for(
         "test_library_missing_at_first_inference",
         ("answers_wrong", "==", 0, "answers", "Every sample answered, by the fallback"),
         ("set_aside", "==", 0, "chunks", "Nothing set aside"),
         ("notifications", ">=", 1, "events", "User notified"),
+        ("gaps_and_overlaps", "==", 0, "places", "Results tile what was accepted"),
     )
     + _for(
         "test_consecutive_oom_recovery",

@@ -13,6 +13,7 @@ the next answer is there (``first_answer_s``).
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import selectors
@@ -36,6 +37,9 @@ EXIT_EMERGENCY = 75
 #: So long after it told of an emergency shutdown a subject may still take audio.
 REFUSAL_S = 5.0
 _RETRY_EVERY_S = 0.02
+#: Every process below a hosted one has this in its environment.
+_MARK = "PLIMSOLL_HOSTED"
+_numbers = itertools.count(1)
 _ROOT = Path(__file__).resolve().parents[1]
 MB = 1_000_000
 
@@ -278,6 +282,7 @@ class Hosted:
         """Start it; its standard error and its temporary files go into ``folder``."""
         self.job = job
         self.lines: list[dict[str, Any]] = []
+        self._mark = f"{_MARK}={os.getpid()}-{next(_numbers)}"
         self._log = folder / "stderr.log"
         self.temporary = folder / "tmp"
         self.temporary.mkdir(parents=True, exist_ok=True)
@@ -285,7 +290,7 @@ class Hosted:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "qualification.host", json.dumps(dataclasses.asdict(job))],
                 cwd=_ROOT,
-                env={**os.environ, "TMPDIR": str(self.temporary)},
+                env={**os.environ, "TMPDIR": str(self.temporary), _MARK: self._mark.partition("=")[2]},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -306,6 +311,30 @@ class Hosted:
             below = psutil.Process(self.process.pid).children(recursive=True)
             return [each for each in below if each.status() != psutil.STATUS_ZOMBIE]
         return []
+
+    def family(self) -> list[psutil.Process]:
+        """Give every process that was started by it, also one that went its own way: it has a mark of its own."""
+        mark, found = self._mark.encode(), []
+        for entry in Path("/proc").iterdir():
+            # Of other users' processes, and of those that end meanwhile, nothing can be read.
+            with suppress(OSError, ValueError, psutil.NoSuchProcess):
+                process_id = int(entry.name)
+                if process_id != self.process.pid and mark in (entry / "environ").read_bytes().split(b"\0"):
+                    found.append(psutil.Process(process_id))
+        return found
+
+    def shared_memory(self) -> set[str]:
+        """Give the shared memory with a name that it and its family have now: POSIX files, and System V segments."""
+        process_ids = {self.process.pid, *(process.pid for process in self.family())}
+        found = set()
+        for process_id in process_ids:
+            with suppress(OSError):
+                maps = Path(f"/proc/{process_id}/maps").read_text(errors="replace")
+                found |= {line.split(maxsplit=5)[5] for line in maps.splitlines() if " /dev/shm/" in line}
+        with suppress(OSError):
+            segments = [line.split() for line in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]]
+            found |= {f"System V segment {each[1]}" for each in segments if int(each[4]) in process_ids}
+        return found
 
     def read(self, timeout_s: float) -> bool:
         """Take in what was written within ``timeout_s``; False at the end of its output."""

@@ -472,7 +472,7 @@ def unfinished(request: pytest.FixtureRequest) -> Callable[..., Unfinished]:
     run, folder = request.config.stash[_RUN], Path(request.config.getoption("--results"))
     name = _name_of(request.node)
     path = folder / f"unfinished-{run.environment}-{run.backend.name}-{name}.json"
-    return lambda **key: Unfinished(path, {**run.identity(), "test": name, **key})
+    return lambda **key: Unfinished(path, {**run.resume_key(), "test": name, **key})
 
 
 @pytest.fixture

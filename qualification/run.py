@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import inspect
 import os
 import platform
 import subprocess
@@ -108,6 +110,17 @@ class Run:
             "runtime": self.runtime,
         }
 
+    def resume_key(self) -> dict[str, Any]:
+        """Give what has to be the same for a run to go on where another was cut off: all that its verdicts rest on."""
+        return {
+            **self.identity(),
+            "python": platform.python_version(),
+            "sources_sha256": _sources_digest(self.factory),
+            "model_sha256": _digest(self.model),
+            "audio_sha256": _digest(self.audio),
+            "overridden": self.criteria.overridden,
+        }
+
     def _about(self) -> dict[str, Any]:
         pins = ROOT / "constraints" / f"{self.environment}.txt"
         names = ("onnxruntime", "torch", "numpy", "psutil", "pytest")
@@ -196,6 +209,18 @@ def _try_model(run: Run) -> None:
 
 def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _sources_digest(factory: Callable[..., Any]) -> str:
+    """Hash our own sources, and those beside the subject's factory."""
+    folders = {ROOT / name for name in ("backends", "protection", "qualification", "tests")}
+    digest = hashlib.sha256()
+    files = {path for folder in folders for path in folder.rglob("*.py")}
+    with contextlib.suppress(TypeError, OSError):
+        files |= set(Path(inspect.getfile(factory)).resolve().parent.glob("*.py"))
+    for path in sorted(files):
+        digest.update(f"{path}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def _version(name: str) -> str | None:

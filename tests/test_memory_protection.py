@@ -7,8 +7,6 @@ As a script it is the stress harness: ``python tests/test_memory_protection.py -
 
 from __future__ import annotations
 
-import contextlib
-import os
 import random
 import sys
 import time
@@ -16,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 
 # A script has only its own folder on its path.
@@ -32,7 +29,7 @@ from qualification.progress import Progress
 from qualification.sampling import Sample, Sampler, take
 from qualification.stream import Stream, unanswered, untiled, wrong
 from qualification.subject import METRIC_DEVICE_ERRORS, METRIC_OOMS, Result, Subject
-from qualification.survival import orphans
+from qualification.survival import still_running
 
 SECOND = 16_000
 SAMPLE_EVERY_S = 0.25
@@ -419,19 +416,15 @@ class TestEmergencyShutdown:
     #: Host memory that the subject's process may take beyond what it holds when the fault begins.
     HEADROOM_BYTES = 400 * MB
 
-    def starved(
-        self, hosted: Callable[..., Hosted], live: Progress
-    ) -> tuple[Hosted, int, FaultRecord, list[psutil.Process]]:
+    def starved(self, hosted: Callable[..., Hosted], live: Progress) -> tuple[Hosted, int, FaultRecord, set[str]]:
         """Run a subject in a process whose memory is filled up.
 
-        Give it, its exit status, what was done to it, and the processes that were seen below it.
+        Give it, its exit status, what was done to it, and the shared memory with a name that it had.
         """
         host = hosted(stop=8 * SECOND, starve_headroom_bytes=self.HEADROOM_BYTES)
-        # Each knows when it began: another process with the same id is not taken for it.
-        below: set[psutil.Process] = set()
+        shared: set[str] = set()
         while host.process.poll() is None and host.read(0.25):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                below.update(psutil.Process(host.process.pid).children(recursive=True))
+            shared |= host.shared_memory()
             used = host.last("pressure") or 0.0
             live.update(used * (host.last("limit_bytes") or 0), text=f"{used:.1%} of the limit")
         live.done()
@@ -444,7 +437,7 @@ class TestEmergencyShutdown:
             provenance=None,
             detail=f"RLIMIT_DATA of {host.last('limit_bytes')} bytes, filled to {max(readings, default=0.0):.1%}",
         )
-        return host, status, capped(record), list(below)
+        return host, status, capped(record), shared
 
     def test_emergency_shutdown_trigger(
         self,
@@ -462,14 +455,12 @@ class TestEmergencyShutdown:
         - Resources cleaned up
         - Clean process exit (status 75)
         """
-        shared_before = shared_memory()
-        host, status, record, below = self.starved(hosted, progress(None))
+        host, status, record, shared = self.starved(hosted, progress(None))
         left = {str(path) for path in host.temporary.iterdir()}
-        left |= shared_memory() - shared_before
-        left |= {str(pid) for pid in host.last("process_ids") or [] if Path(f"/proc/{pid}").exists()}
+        left |= {each for each in shared if Path(each).exists() or each in system_v_segments()}
         left |= {str(path) for path in tmp_path.rglob("*") if path.name.endswith(("-wal", "-shm", "-journal", ".tmp"))}
         # What ends with its parent takes a moment to do so.
-        left |= {f"{process.pid} (process)" for process in orphans(below, 2)}
+        left |= {f"{process.pid} (process)" for process in still_running(host.family, 2)}
         try:
             new_subject(backend).close()
         except Exception as error:
@@ -508,17 +499,11 @@ class TestEmergencyShutdown:
         judge("samples_unanswered", unanswered(subject.results(), len(kept)), fault=record)
 
 
-def shared_memory() -> set[str]:
-    """List this user's shared memory that has a name and nobody else's: POSIX files, and System V segments."""
-    files = Path("/dev/shm").iterdir() if Path("/dev/shm").is_dir() else ()
-    found = set()
-    for path in files:
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_uid == os.getuid():
-                found.add(str(path))
-    segments = Path("/proc/sysvipc/shm")
-    lines = segments.read_text().splitlines()[1:] if segments.is_file() else []
-    return found | {f"System V segment {line.split()[1]}" for line in lines if int(line.split()[7]) == os.getuid()}
+def system_v_segments() -> set[str]:
+    """List the System V shared memory that there is now, as ``Hosted.shared_memory`` names it."""
+    listing = Path("/proc/sysvipc/shm")
+    lines = listing.read_text().splitlines()[1:] if listing.is_file() else []
+    return {f"System V segment {line.split()[1]}" for line in lines}
 
 
 def capped(record: FaultRecord) -> FaultRecord:

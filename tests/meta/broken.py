@@ -207,7 +207,7 @@ def counts_no_ooms(context: Any) -> DictationPipeline:
 
 
 class _HastyPipeline(DictationPipeline):
-    """Falls back before it tries a smaller batch. (What is in the way on the device it gives back: it returns.)"""
+    """Falls back before it tries a smaller batch. It returns, and meets the next fault on the device."""
 
     def _make_ladder(self) -> Any:
         ladder = super()._make_ladder()

@@ -25,8 +25,16 @@ class Outcome:
     criteria: tuple[dict[str, Any], ...]
 
     def failed(self) -> set[str]:
-        """The names of the criteria that failed."""
+        """The names of the criteria that failed, for whatever reason."""
         return {each["criterion"] for each in self.criteria if each["verdict"] == "fail"}
+
+    def broken(self) -> set[str]:
+        """The names of the criteria whose measured value breaks the promise.
+
+        Not of those that failed for another reason: a fault that proves nothing, or a test that ended before.
+        """
+        failed = (each for each in self.criteria if each["verdict"] == "fail")
+        return {each["criterion"] for each in failed if not each["reason"]}
 
 
 def qualify(results: Path, *arguments: str, timeout_s: float = 200) -> Outcome:

@@ -1,6 +1,6 @@
 """A subject in a process of its own, so that it can be killed, starved and watched from outside.
 
-    python -m qualification.host '{"subject": ..., "workdir": ..., ...}'
+    python -m qualification.host '{"subject": ..., "workdir": ..., ...}' PARENT_PROCESS_ID
 
 It feeds the subject from the stream and writes a JSON line for each thing that happens: ``ready``, ``accepted``,
 ``fault``, ``pressure``, ``shutdown``, ``refused``, ``unavailable``, ``done``. Exit statuses: 0 done; 69 the disk that
@@ -84,9 +84,9 @@ def say(**what: Any) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Run one job."""
-    parent = os.getppid()
-    job = Job(**json.loads(argv[0]))
+    """Run one job, for the process with this id."""
+    # Told, not asked for: it may have ended while this one started.
+    job, parent = Job(**json.loads(argv[0])), int(argv[1])
     if job.disk is not None:
         try:
             # First of all: NumPy starts threads when it is imported.
@@ -288,7 +288,7 @@ class Hosted:
         self.temporary.mkdir(parents=True, exist_ok=True)
         with self._log.open("ab") as stderr:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "qualification.host", json.dumps(dataclasses.asdict(job))],
+                [sys.executable, "-m", "qualification.host", json.dumps(dataclasses.asdict(job)), str(os.getpid())],
                 cwd=_ROOT,
                 env={**os.environ, "TMPDIR": str(self.temporary), _MARK: self._mark.partition("=")[2]},
                 stdin=subprocess.PIPE,

@@ -2,7 +2,7 @@
 
 On a device it is made of the backend's own allocations. On the host it is a neighbour process,
 
-    python -m backends.faults.ballast SIZE_BYTES SECONDS [CGROUP_PROCS]
+    python -m backends.faults.ballast SIZE_BYTES SECONDS PARENT_PROCESS_ID [CGROUP_PROCS]
 
 that touches its memory, volunteers to the OOM killer, and ends with its parent or at its time limit. In a cgroup of our
 own it is there to have a worker killed: it is the second choice only, and grows slowly, so that it is stopped in time.
@@ -81,7 +81,7 @@ class HostBallast:
         self.size_bytes = size_bytes
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "backends.faults.ballast", str(size_bytes), str(limit_s)),
+                *(sys.executable, "-m", "backends.faults.ballast", str(size_bytes), str(limit_s), str(os.getpid())),
                 *([] if cgroup_processes is None else [str(cgroup_processes)]),
             ],
             cwd=Path(__file__).parents[2],
@@ -118,16 +118,16 @@ class HostBallast:
 
 
 def main(argv: list[str]) -> int:
-    """Hold SIZE_BYTES for at most SECONDS."""
-    size_bytes, limit_s = int(argv[0]), float(argv[1])
-    parent = os.getppid()
+    """Hold SIZE_BYTES for at most SECONDS, and no longer than its parent lives."""
+    # The parent is told, not asked for: it may have ended while this process started.
+    size_bytes, limit_s, parent, cgroup = int(argv[0]), float(argv[1]), int(argv[2]), argv[3:]
     # In a cgroup: after a worker, and before its host.
-    begin_as_child(parent, oom_score=1000 if len(argv) < 3 else 300)
-    if len(argv) > 2:
-        Path(argv[2]).write_text(f"{os.getpid()}\n")
+    begin_as_child(parent, oom_score=300 if cgroup else 1000)
+    if cgroup:
+        Path(cgroup[0]).write_text(f"{os.getpid()}\n")
     signal.setitimer(signal.ITIMER_REAL, limit_s)
     held: list[bytearray] = []
-    if len(argv) > 2:
+    if cgroup:
         print("held", flush=True)
         while len(held) * MIB < size_bytes:
             held.append(bytearray(b"\xa5") * MIB)

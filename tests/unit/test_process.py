@@ -1,13 +1,17 @@
-"""How a child process begins: without a core dump in it."""
+"""How a child process begins: with its parent there, and without a core dump in it."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from qualification.host import Job
 
 ROOT = Path(__file__).resolve().parents[2]
 ABORTING = """
@@ -20,6 +24,17 @@ resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))
 print(*resource.getrlimit(resource.RLIMIT_CORE), flush=True)
 os.abort()
 """
+
+
+@pytest.mark.parametrize("module", ["qualification.host", "backends.faults.ballast"])
+def test_a_child_whose_parent_ended_before_it_began_ends_at_once(module: str) -> None:
+    parent = subprocess.Popen(["true"])
+    parent.wait()
+    job = json.dumps(dataclasses.asdict(Job("none", "none", "none", "none", "none", 0)))
+    words = [job] if module == "qualification.host" else ["1000", "30"]
+    command = [sys.executable, "-m", module, *words, str(parent.pid)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+    assert (done.returncode, done.stdout) == (0, ""), f"it said {done.stdout!r} and ended with {done.returncode}"
 
 
 def _aborted(folder: Path, suppress: str) -> tuple[str, list[Path]]:

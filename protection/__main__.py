@@ -160,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     export = add(commands, "export", "write a recording as a WAV", _EXPORT, _EXPORT_EXAMPLES)
     export.add_argument("out", type=Path, metavar="OUT.wav", help="the file to write")
-    export.add_argument("--force", action="store_true", help="replace the file where there is one")
+    export.add_argument("--force", action="store_true", help="replace the file where there is one; never a spool's")
     add(commands, "status", "say how far a recording is", _STATUS, _STATUS_EXAMPLES)
     return parser
 
@@ -193,6 +193,11 @@ def _policy_option(text: str) -> tuple[str, Any]:
 
 
 def _export(folder: Path, out: Path, force: bool) -> int:
+    with _open(folder) as view:
+        try:
+            view.require_no_spool_file(out)
+        except SpoolError as error:
+            raise Refused(str(error)) from error
     if out.exists() and not force:
         raise Refused(f"{out} is there already: name another file, or replace it with --force")
     # A signal leaves no half file either.

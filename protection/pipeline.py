@@ -30,7 +30,8 @@ from protection.metrics import Metrics
 from protection.policy import Policy
 from protection.pressure import Below, Level, Pressure
 from protection.spool import AudioError, Result, Spool, SpoolError
-from protection.worker_engine import Deadlines, WorkerEngine, WorkerLost
+from protection.worker_engine import WorkerEngine
+from protection.worker_process import Deadlines, WorkerLost
 
 _log = logging.getLogger("plimsoll.protection")
 

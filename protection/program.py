@@ -47,6 +47,11 @@ EXIT_WORK_LEFT = 75
 _EXITS = (EXIT_DONE, EXIT_WORK_LEFT, EXIT_FAILED, EXIT_NO_OUTPUT)
 
 _SAMPLE_BYTES = 2
+#: What a WAV says that was written into a pipe, nobody knew how long: near 2 GiB (sox, arecord) or 4 GiB (ffmpeg).
+_STREAMED_SAMPLES = (
+    range(0x7FFFF000 // _SAMPLE_BYTES, 0x80000000 // _SAMPLE_BYTES + 1),
+    range(0xFFFFF000 // _SAMPLE_BYTES, 0xFFFFFFFF // _SAMPLE_BYTES + 1),
+)
 _FULL_SCALE = np.float32(32768)
 #: What was accepted already is compared in pieces of a minute.
 _COMPARED_SAMPLES = 60 * SAMPLE_RATE_HZ
@@ -188,7 +193,7 @@ class WavInput:
         with contextlib.ExitStack() as opened:
             try:
                 file = opened.enter_context(path.open("rb"))
-                self._wav = opened.enter_context(wave.open(file, "rb"))
+                wav = opened.enter_context(wave.open(file, "rb"))
             except FileNotFoundError:
                 raise AudioError(f"{path}: there is no such file") from None
             except OSError as error:
@@ -197,36 +202,59 @@ class WavInput:
                 raise AudioError(
                     f"{path}: truncated in its header, expected RIFF WAVE; nothing was recorded"
                 ) from error
+            except RuntimeError as error:
+                # Of ``wave``, and without a word.
+                raise AudioError(
+                    f"{path}: not a WAV (a chunk of its header ends beyond the file), expected RIFF WAVE; {convert}"
+                ) from error
             except wave.Error as error:
                 if "unknown format" in str(error):
                     raise AudioError(f"{path}: {error}, expected 16 bit PCM; {convert}") from error
                 raise AudioError(f"{path}: not a WAV ({error}), expected RIFF WAVE; {convert}") from error
-            rate_hz, channels, width = self._wav.getframerate(), self._wav.getnchannels(), self._wav.getsampwidth()
+            rate_hz, channels, width = wav.getframerate(), wav.getnchannels(), wav.getsampwidth()
             if rate_hz != SAMPLE_RATE_HZ:
                 raise AudioError(f"{path}: {rate_hz} Hz, expected {SAMPLE_RATE_HZ} Hz; {convert}")
             if channels != 1:
                 raise AudioError(f"{path}: {channels} channels, expected 1 (mono); {convert}")
             if width != _SAMPLE_BYTES:
                 raise AudioError(f"{path}: {8 * width} bit, expected 16 bit; {convert}")
-            self._declared = self._wav.getnframes()
-            if self._declared == 0:
+            #: None: to the end of the file.
+            self._declared: int | None = wav.getnframes()
+            if any(self._declared in sizes for sizes in _STREAMED_SAMPLES):
+                self._declared = None
+            ended = stat.S_ISREG(os.fstat(file.fileno()).st_mode) and not file.peek(1)
+            if self._declared == 0 or (self._declared is None and ended):
                 raise AudioError(f"{path}: empty, expected at least one sample{_behind_the_header(file)}")
+            self._file = file
             self.close = opened.pop_all().close
 
     def blocks(self, accepted: int, stop: Stop) -> Iterator[tuple[int, Pcm]]:
         """Give what was accepted before in large pieces, to be compared, and then blocks."""
         position = 0
-        while position < self._declared:
+        while self._declared is None or position < self._declared:
             if stop.asked:
-                self.left = (
-                    f"{self._declared - position} samples of {self._path} were not taken: "
-                    "start the same command again to go on with them"
+                rest = (
+                    f"the samples from {position} on"
+                    if self._declared is None
+                    else f"{self._declared - position} samples"
                 )
+                self.left = f"{rest} of {self._path} were not taken: start the same command again to go on with them"
                 return
             known = accepted - position
-            data = self._wav.readframes(min(known, _COMPARED_SAMPLES) if known > 0 else self._block_samples)
+            samples = min(known, _COMPARED_SAMPLES) if known > 0 else self._block_samples
+            if self._declared is not None:
+                samples = min(samples, self._declared - position)
+            # Not by ``wave``: where the size of the audio is none, that of the file is none either.
+            data = self._file.read(samples * _SAMPLE_BYTES)
             pcm = np.frombuffer(data, "<i2", len(data) // _SAMPLE_BYTES)
+            if self._declared is None and len(data) % _SAMPLE_BYTES:
+                self.problem = (
+                    f"{self._path}: it ends within a sample, after {position + len(pcm)} whole ones: 1 byte is left "
+                    "over, expected 2 for each sample; the whole ones were recorded"
+                )
             if not len(pcm):
+                if self._declared is None:
+                    return
                 self.problem = (
                     f"{self._path}: truncated: {position} samples found, {self._declared} expected from its header, "
                     f"{self._declared - position} are missing; what is there was recorded"

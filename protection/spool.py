@@ -35,6 +35,8 @@ _FORGOTTEN_AT_ONCE = 16
 #: A row of audio has so many at most.
 _PIECE_SAMPLES = 16_000
 _WAV_MOST_SAMPLES = ((1 << 32) - 64) // 2
+#: Of the names of the database and of the files that SQLite has beside it.
+_ENDINGS = ("", "-wal", "-shm", "-journal")
 _SAFE = "what was accepted before is safe"
 _NOT_ACCEPTED = f"{_SAFE}, what this call brought was not accepted"
 #: Whoever asks who has a spool open holds its lock for a moment.
@@ -111,6 +113,12 @@ def _not_writable(what: str, error: OSError) -> SpoolError:
     )
 
 
+def _same_file(path: Path, other: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return path.samefile(other)
+    return False
+
+
 def _owner(lock_fd: int) -> int:
     text = os.pread(lock_fd, 32, 0).strip()
     return int(text) if text.isdigit() else 0
@@ -131,6 +139,7 @@ class SpoolView:
             self._look()
         except BaseException:
             self._db.close()
+            self._tidy()
             raise
 
     def _connect(self, mode: str) -> sqlite3.Connection:
@@ -230,8 +239,9 @@ class SpoolView:
     def export_wav(self, path: Path) -> int:
         """Write what is kept as a 16-bit mono WAV, a minute at a time; return the number of samples written.
 
-        The file is there whole or not at all. Raises SpoolError when it cannot be written.
+        The file is there whole or not at all. Raises SpoolError when it cannot be written, or is a file of a spool.
         """
+        self.require_no_spool_file(path)
         begin, stop, rate_hz = self.kept_from, self.accepted, self.sample_rate_hz
         if stop - begin > _WAV_MOST_SAMPLES:
             raise SpoolError(f"the recording has {stop - begin} samples: a WAV holds at most {_WAV_MOST_SAMPLES}")
@@ -258,12 +268,25 @@ class SpoolView:
             raise SpoolError(f"the recording cannot be written to {path} ({error}): the spool is unharmed") from error
         return stop - begin
 
+    def require_no_spool_file(self, path: Path) -> None:
+        """Raise SpoolError where an export to this path would replace a file of this spool, or one named as such."""
+        # SQLite's own files are beside the database itself, whatever links lead to it.
+        database = self.path.resolve()
+        own = [database.with_name(f"{database.name}{ending}") for ending in _ENDINGS]
+        own.append(self.path.with_name("spool.lock").resolve())
+        resolved = path.resolve()
+        named = resolved.name in {"spool.lock", *(f"spool.db{ending}" for ending in _ENDINGS)}
+        # Also what is not there yet: SQLite would take it for its log.
+        if named or resolved in own or any(_same_file(resolved, file) for file in own):
+            raise SpoolError(f"{path} is a file of a spool, and never replaced by an export: name another file")
+
     def close(self) -> None:
         """Close the file. A second call does nothing."""
         with self._lock:
             if not self._closed:
                 self._closed = True
                 self._db.close()
+                self._tidy()
 
     def __enter__(self) -> Self:
         """Nothing to do: it is open."""
@@ -274,6 +297,18 @@ class SpoolView:
         self.close()
 
     # How.
+
+    def _tidy(self) -> None:
+        """Have SQLite remove the empty log and its index: it makes them for a reader, and no reader removes them.
+
+        It does so only when nobody has the database open, with the database locked against whoever opens it just now.
+        """
+        with contextlib.suppress(OSError, sqlite3.Error):
+            # A log with something in it is left as it is.
+            if self.path.resolve().with_name(f"{self.path.resolve().name}-wal").stat().st_size == 0:
+                with contextlib.closing(self._connect("mode=rw")) as db:
+                    db.execute("PRAGMA busy_timeout = 0").fetchall()
+                    db.execute("SELECT COUNT(*) FROM sqlite_master").fetchall()
 
     def _tables(self) -> set[str]:
         return {name for (name,) in self._db.execute("SELECT name FROM sqlite_master")}

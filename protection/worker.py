@@ -1,6 +1,6 @@
 """The worker: a process that runs the model, and that its host can lose.
 
-Started by ``protection.worker_engine``, never by hand. It ends with its host: the kernel kills it (PR_SET_PDEATHSIG),
+Started by ``protection.worker_process``, never by hand. It ends with its host: the kernel kills it (PR_SET_PDEATHSIG),
 and a closed connection ends it besides. Exit statuses: 0 the host is gone or asked for the end; 70 one of its threads
 failed, for want of memory for instance; 76 the host stopped reading.
 """

@@ -17,7 +17,8 @@ from protection.events import EventKind, Events
 from protection.pipeline import DictationPipeline
 from protection.policy import Policy
 from protection.spool import AudioError, FloatArray, Result, Spool, SpoolError
-from protection.worker_engine import WorkerEngine, WorkerLost
+from protection.worker_engine import WorkerEngine
+from protection.worker_process import WorkerLost
 
 healthy = ships.factory
 

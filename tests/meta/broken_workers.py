@@ -1,6 +1,6 @@
 """Workers that are broken on purpose, one way each, in the first inference that they are asked for.
 
-``boot("AnswersTwice")`` takes the place of ``protection.worker_engine.boot``: the first worker that is started is
+``boot("AnswersTwice")`` takes the place of ``protection.worker_process.boot``: the first worker that is started is
 broken so, those after it are sound.
 """
 

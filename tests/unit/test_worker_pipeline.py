@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 import protection.worker_engine
+import protection.worker_process
 from backends.contract import FaultPlan, Site
 from backends.cpu import Cpu
 from backends.faults import ballast
@@ -177,7 +178,7 @@ def test_a_runtime_that_hangs_is_replaced(start: Open, bounded: Cpu, audio: Audi
 def test_a_broken_worker_is_replaced_and_recorded(
     start: Open, audio: Audio, expected: Expected, monkeypatch: pytest.MonkeyPatch, name: str, cause: str
 ) -> None:
-    monkeypatch.setattr(protection.worker_engine, "boot", broken_workers.boot(name))
+    monkeypatch.setattr(protection.worker_process, "boot", broken_workers.boot(name))
     samples = audio(4.0)
     pipeline = start(infer_deadline_s=2.0, heartbeat_s=1.0)
     for stop in (2 * SECOND, 4 * SECOND):
@@ -193,7 +194,7 @@ def test_a_broken_worker_is_replaced_and_recorded(
 def test_a_device_after_whose_error_nothing_works_costs_the_worker(
     start: Open, audio: Audio, expected: Expected, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protection.worker_engine, "boot", broken_workers.boot("LosesTheDevice"))
+    monkeypatch.setattr(protection.worker_process, "boot", broken_workers.boot("LosesTheDevice"))
     samples = audio(2.0)
     pipeline = start()
     workers = _workers(pipeline)

@@ -193,18 +193,17 @@ def _policy_option(text: str) -> tuple[str, Any]:
 
 
 def _export(folder: Path, out: Path, force: bool) -> int:
-    with _open(folder) as view:
-        try:
-            view.require_no_spool_file(out)
-        except SpoolError as error:
-            raise Refused(str(error)) from error
-    if out.exists() and not force:
-        raise Refused(f"{out} is there already: name another file, or replace it with --force")
     # A signal leaves no half file either.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _raise)
     with _open(folder) as view:
+        try:
+            view.require_no_spool_file(out)
+        except SpoolError as error:
+            raise Refused(str(error)) from error
+        if out.exists() and not force:
+            raise Refused(f"{out} is there already: name another file, or replace it with --force")
         kept_from, written = view.kept_from, view.export_wav(out)
     if kept_from:
         seconds = kept_from / SAMPLE_RATE_HZ

@@ -43,6 +43,9 @@ def load_wav(path: Path, expected_rate_hz: int = 16_000) -> NDArray[np.float32]:
         raise AudioError(f"{path}: the file cannot be read: {error.strerror}") from error
     except EOFError as error:
         raise AudioError(f"{path}: truncated in its header, expected RIFF WAVE") from error
+    except RuntimeError as error:
+        # Of ``wave``, and without a word.
+        raise AudioError(f"{path}: a chunk of its header ends beyond the file, expected RIFF WAVE") from error
     except wave.Error as error:
         if "unknown format" in str(error):
             raise AudioError(f"{path}: {error}, expected 16 bit PCM; convert it: {convert}") from error

@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 #: 500 MB held under load, the runtime and the tests around it, and 1 GiB that is left to the rest of the machine.
 MEMORY_NEEDED_BYTES = 2 * 1024**3
 #: What a user should plan for, environment already installed.
-QUICK_MIN = 4
-SOAK_MIN = 70
+QUICK_MIN = 7
+SOAK_MIN = 100
 
 
 @dataclass(frozen=True)

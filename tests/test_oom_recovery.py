@@ -26,6 +26,7 @@ from backends.contract import ArmedFault, Backend, FaultPlan, FaultRecord, Prove
 from backends.errors import ErrorKind, classify
 from backends.faults.ballast import HostBallast
 from backends.faults.cgroup import CgroupUnavailable, MemoryCgroup
+from backends.host import spendable_bytes
 from qualification.host import MB, Hosted
 from qualification.judge import Judge
 from qualification.observe import counts, recovered, same_output, strategies, wait_for_event, wait_until
@@ -586,6 +587,11 @@ class TestProcessSurvival:
         - First right result after a worker's death within 5 s (median)
         - First right result after a worker's death within 30 s (worst)
         """
+        if OOM_NEIGHBOUR_BYTES > (spendable := spendable_bytes()):
+            pytest.skip(
+                f"not run: the neighbour may take {OOM_NEIGHBOUR_BYTES // MB} MB, and only {spendable // MB} MB of this "
+                "machine's memory may be used up"
+            )
         kills, first_answers_s, died = int(parameter("kills")), list[float](), 0
         with contextlib.ExitStack() as stack:
             try:

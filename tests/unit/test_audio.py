@@ -94,6 +94,15 @@ def test_what_is_no_audio_is_refused(tmp_path: Path) -> None:
             load_wav(tmp_path / name)
 
 
+def test_a_chunk_that_ends_beyond_the_file_is_refused(tmp_path: Path) -> None:
+    """``wave`` has a bare RuntimeError for it."""
+    whole = _wav(tmp_path / "a.wav").read_bytes()
+    for name, at in ((b"fact", 12), (b"LIST", 36)):
+        (tmp_path / "a.wav").write_bytes(whole[:at] + name + struct.pack("<I", 1 << 30) + bytes(4) + whole[at:])
+        with pytest.raises(AudioError, match="a chunk of its header ends beyond the file, expected RIFF WAVE"):
+            load_wav(tmp_path / "a.wav")
+
+
 def test_every_truncation_is_refused(tmp_path: Path) -> None:
     """Cut at any byte, a file is an AudioError; a cut in the samples says how many were found."""
     whole = _wav(tmp_path / "whole.wav").read_bytes()

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sqlite3
 import stat
+import struct
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ import numpy.typing as npt
 import pytest
 
 from protection.pipeline import DictationPipeline
-from protection.program import WavInput
+from protection.program import Stop, WavInput
 from protection.spool import AudioError, Result, Spool, SpoolView
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -463,6 +464,84 @@ def test_a_header_that_promises_nothing_names_what_follows_it(tmp_path: Path) ->
         WavInput(path, BLOCK)
 
 
+@pytest.mark.parametrize(("name", "at"), [(b"fact", 12), (b"LIST", 36)], ids=["fact", "LIST"])
+def test_a_chunk_that_ends_beyond_the_file_is_refused(run: Run, tmp_path: Path, name: bytes, at: int) -> None:
+    whole = _write(tmp_path / "in.wav", _speech(0.1)).read_bytes()
+    (tmp_path / "in.wav").write_bytes(whole[:at] + name + struct.pack("<I", 1 << 30) + bytes(4) + whole[at:])
+    status, program = run("record", "--spool", tmp_path / "s", "--input", tmp_path / "in.wav", *FAST)
+    assert status == 2, f"it ended with {status}: {program.stderr}"
+    assert "in.wav: not a WAV (a chunk of its header ends beyond the file)" in program.stderr, program.stderr
+    assert not (tmp_path / "s").exists(), "a spool was made"
+
+
+def _streamed(path: Path, pcm: Pcm, riff: int, data: int) -> Path:
+    """Write a WAV whose writer never came to know its length."""
+    whole = bytearray(_write(path, pcm).read_bytes())
+    struct.pack_into("<I", whole, 4, riff)
+    struct.pack_into("<I", whole, 40, data)
+    path.write_bytes(whole)
+    return path
+
+
+def _taken(source: WavInput) -> Pcm:
+    with contextlib.closing(source):
+        # A block is valid until the next.
+        return np.concatenate([pcm.copy() for _, pcm in source.blocks(0, Stop())])
+
+
+def test_a_wav_of_unknown_length_is_taken_to_the_end_of_the_file(run: Run, tmp_path: Path) -> None:
+    pcm = _speech(1.03)
+    path = _streamed(tmp_path / "in.wav", pcm, 0xFFFFFFFF, 0xFFFFFFFF)
+    for _ in range(2):
+        status, program = run("record", "--spool", tmp_path / "s", "--input", path, *FAST)
+        assert status == 0, f"it ended with {status}: {program.stderr}"
+        assert program.lines[-1]["accepted"] == len(pcm), f"the last line is {program.lines[-1]}"
+        assert np.array_equal(_recorded(tmp_path / "s"), pcm), "the samples are others"
+
+
+@pytest.mark.parametrize(
+    ("riff", "data"),
+    [
+        (0xFFFFFFFF, 0xFFFFFFFF),
+        (0xFFFFFFFF, 0xFFFFFFDB),
+        (0x7FFFFFFF, 0x7FFFFFFF),
+        (0x7FFFF024, 0x7FFFF000),
+        (0x80000024, 0x80000000),
+        (36, 0xFFFFFFFF),
+    ],
+    ids=["ffmpeg", "less-header", "2-GiB", "sox", "arecord", "short-riff"],
+)
+def test_every_size_that_stands_for_none_is_known(tmp_path: Path, riff: int, data: int) -> None:
+    pcm = _speech(0.55)
+    path = _streamed(tmp_path / "in.wav", pcm, riff, data)
+    source = WavInput(path, BLOCK)
+    found = _taken(source)
+    assert np.array_equal(found, pcm), f"{len(found)} samples were taken, {len(pcm)} are there"
+    assert source.problem is None, source.problem
+
+    path.write_bytes(path.read_bytes()[:-1])
+    source = WavInput(path, BLOCK)
+    found = _taken(source)
+    assert np.array_equal(found, pcm[:-1]), f"{len(found)} samples were taken"
+    assert f"within a sample, after {len(pcm) - 1} whole ones" in (source.problem or ""), source.problem
+
+    with pytest.raises(AudioError, match=r"empty, expected at least one sample$"):
+        WavInput(_streamed(path, pcm[:0], riff, data), BLOCK)
+
+
+def test_a_large_wav_that_lacks_samples_is_truncated_all_the_same(tmp_path: Path) -> None:
+    source = WavInput(_streamed(tmp_path / "in.wav", _speech(0.1), 0x70000024, 0x70000000), BLOCK)
+    _taken(source)
+    assert "truncated: 1600 samples found" in (source.problem or ""), source.problem
+
+
+def test_what_follows_the_audio_of_a_wav_is_not_taken(tmp_path: Path) -> None:
+    pcm = _speech(0.55)
+    path = _write(tmp_path / "in.wav", pcm)
+    path.write_bytes(path.read_bytes() + b"LIST\x04\0\0\0INFO")
+    assert np.array_equal(_taken(WavInput(path, BLOCK)), pcm), "the samples are others"
+
+
 def test_a_truncated_wav_is_recorded_as_far_as_it_goes(run: Run, tmp_path: Path) -> None:
     pcm = _speech(1.0)
     path = _write(tmp_path / "in.wav", pcm)
@@ -513,6 +592,20 @@ def test_a_folder_without_a_spool_is_refused_and_none_is_made(start: Start, tmp_
         assert f"there is no spool in {tmp_path / 'none'}" in program.stderr, program.stderr
     made = sorted(path.name for path in tmp_path.iterdir())
     assert made == ["tmp"], f"there are {made}"
+
+
+def test_an_export_never_replaces_a_file_of_a_spool(start: Start, tmp_path: Path) -> None:
+    with Spool(tmp_path / "s", RATE) as spool:
+        spool.append(0, np.zeros(1600, np.float32))
+    before = (tmp_path / "s" / "spool.db").read_bytes()
+    names = ("spool.db", "spool.db-wal", "spool.db-shm", "spool.lock")
+    commands = [("export", "--spool", tmp_path / "s", *force, name) for force in ((), ("--force",)) for name in names]
+    programs = [start(*command[:-1], tmp_path / "s" / str(command[-1])) for command in commands]
+    for command, program in zip(commands, programs, strict=True):
+        assert program.end() == 2, f"{command} ended with {program.process.returncode}: {program.stderr}"
+        told = f"{command[-1]} is a file of a spool, and never replaced by an export: name another file"
+        assert told in program.stderr, program.stderr
+    assert (tmp_path / "s" / "spool.db").read_bytes() == before, "the recording is another"
 
 
 def test_while_one_records_others_look_on_and_no_other_records(start: Start, run: Run, tmp_path: Path) -> None:

@@ -504,6 +504,79 @@ def test_a_view_makes_no_spool_and_changes_none(tmp_path: Path, audio: Audio) ->
         view._db.execute("DELETE FROM blocks")
 
 
+def test_a_view_leaves_no_file_behind(tmp_path: Path, audio: Audio) -> None:
+    with Spool(tmp_path, RATE) as spool:
+        spool.append(0, audio(0.1))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    # The last of several.
+    with SpoolView(tmp_path) as first, SpoolView(tmp_path) as second:
+        first.close()
+        assert second.accepted == 1600, f"{second.accepted} are accepted"
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(after) == sorted(before) == ["spool.db", "spool.lock"], f"there are {sorted(after)}"
+    assert after == before, "a file is another"
+
+
+def test_a_view_leaves_the_log_of_who_was_killed_as_it_is(tmp_path: Path, audio: Audio) -> None:
+    with Spool(tmp_path / "s", RATE) as spool:
+        spool.append(0, audio(0.1))
+        shutil.copytree(tmp_path / "s", tmp_path / "killed")
+    log, database = tmp_path / "killed" / "spool.db-wal", tmp_path / "killed" / "spool.db"
+    before = (log.read_bytes(), database.read_bytes())
+    with SpoolView(tmp_path / "killed") as view:
+        assert view.accepted == 1600, f"{view.accepted} are accepted"
+    assert before[0] and (log.read_bytes(), database.read_bytes()) == before, "a file is another"
+
+
+#: Look at the spool again and again.
+_LOOK = """
+import pathlib, sys
+from protection.spool import SpoolView
+folder = pathlib.Path(sys.argv[1])
+while not (folder / "over").exists():
+    SpoolView(folder).close()
+"""
+
+
+def test_views_that_come_and_go_harm_no_recording_that_begins(tmp_path: Path, audio: Audio) -> None:
+    samples = audio(1.0)
+    Spool(tmp_path, RATE).close()
+    views = [
+        subprocess.Popen([sys.executable, "-c", _LOOK, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    try:
+        for stop in range(160, 16_001, 160):
+            with Spool(tmp_path, RATE) as spool:
+                assert spool.append(stop - 160, samples[stop - 160 : stop]) == stop
+                with SpoolView(tmp_path) as view:
+                    assert view.accepted == stop, f"{view.accepted} of {stop} are seen"
+    finally:
+        (tmp_path / "over").touch()
+        told = [view.communicate(timeout=30)[1] for view in views]
+    assert not any(told), f"a view failed: {told}"
+    with SpoolView(tmp_path) as view:
+        assert np.array_equal(view.read(0, 16_000), samples), "the samples are others"
+
+
+def test_no_export_replaces_a_file_of_a_spool(spool: Spool, tmp_path: Path, audio: Audio) -> None:
+    spool.append(0, audio(0.1))
+    folder = spool.path.parent
+    (tmp_path / "link.wav").symlink_to(spool.path)
+    (tmp_path / "hard.wav").hardlink_to(spool.path)
+    (tmp_path / "folder").symlink_to(folder)
+    paths = [folder / f"spool.{ending}" for ending in ("db", "db-wal", "db-shm", "db-journal", "lock")]
+    # Those of another recording, too.
+    paths += [tmp_path / name for name in ("link.wav", "hard.wav", "folder/../s/spool.db", "folder/spool.lock")]
+    paths += [tmp_path / "spool.db"]
+    before = spool.path.read_bytes()
+    for path in paths:
+        with pytest.raises(SpoolError, match="is a file of a spool, and never replaced by an export: name another"):
+            spool.export_wav(path)
+    assert spool.path.read_bytes() == before, "the recording is another"
+    assert spool.append(1600, audio(0.2)[:1600]) == 3200, "the recording does not go on"
+
+
 def test_a_view_of_what_is_no_spool_says_so(tmp_path: Path) -> None:
     (tmp_path / "spool.db").touch()
     with pytest.raises(SpoolError, match="was never written to: there is no recording in it"):

@@ -542,6 +542,8 @@ class TestProcessSurvival:
                 # Longer than any sign of life is waited for.
                 time.sleep(SLEEP_S)
                 stopped = sum(each.status() == psutil.STATUS_STOPPED for each in [*asleep, *workers])
+            # The host is awake first, as it may be: whether its patience is over shows now.
+            host.read(0.5)
         host.order("watch")
         host.wait_for("first_answer_s", 60)
         replaced = sum(worker not in host.workers() for worker in workers)

@@ -6,12 +6,14 @@ import dataclasses
 import os
 import subprocess
 import threading
+import time
 from typing import Any
 
 import numpy as np
 
 from backends.errors import classify
 from protection import pipeline as ships
+from protection import worker_process
 from protection.engine import InProcessEngine
 from protection.events import EventKind, Events
 from protection.pipeline import DictationPipeline
@@ -21,6 +23,8 @@ from protection.worker_engine import WorkerEngine
 from protection.worker_process import WorkerLost
 
 healthy = ships.factory
+#: In the environment of a process that the tests started, and that may end.
+HOSTED = "PLIMSOLL_HOSTED"
 
 
 def _with(context: Any, **parts: Any) -> DictationPipeline:
@@ -103,6 +107,58 @@ class _GuessingEngine(WorkerEngine):
 
 def returns_zeros_when_its_worker_dies(context: Any) -> DictationPipeline:
     return _with(context, WorkerEngine=_GuessingEngine)
+
+
+class _RetreatingEngine(WorkerEngine):
+    """Does not replace a worker that was lost: from then on it runs the model in its own process."""
+
+    near: InProcessEngine | None = None
+
+    def infer(self, features: FloatArray) -> FloatArray:
+        if self.near is None:
+            try:
+                return super().infer(features)
+            except WorkerLost:
+                self.near = InProcessEngine(self._backend, self._path)
+        return self.near.infer(features)
+
+
+def retreats_into_its_own_process(context: Any) -> DictationPipeline:
+    return _with(context, WorkerEngine=_RetreatingEngine)
+
+
+class _WallClock:
+    """Counts the time that its process was asleep."""
+
+    STEP_S = 0.25
+
+    def __init__(self) -> None:
+        self._began_s = time.monotonic()
+
+    def read_s(self) -> float:
+        return time.monotonic() - self._began_s
+
+
+def blames_its_worker_for_its_own_sleep(context: Any) -> DictationPipeline:
+    if HOSTED in os.environ:
+        vars(worker_process)["AwakeClock"] = _WallClock
+    return ships.factory(context)
+
+
+class _FragilePipeline(DictationPipeline):
+    """Takes its process with it when it is fed."""
+
+    def feed(self, start: int, block: FloatArray) -> int:
+        os._exit(1)
+
+
+def dies_by_itself_the_third_time(context: Any) -> DictationPipeline:
+    context.workdir.mkdir(parents=True, exist_ok=True)
+    count = context.workdir / "opened"
+    times = int(count.read_text()) if count.exists() else 0
+    count.write_text(str(times + 1))
+    fragile = times >= 2 and HOSTED in os.environ
+    return _with(context, DictationPipeline=_FragilePipeline) if fragile else ships.factory(context)
 
 
 class _RashPipeline(DictationPipeline):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from backends.faults.cgroup import CgroupUnavailable, MemoryCgroup
 from tests.meta.qualifying import PROTECTION, RECOVERY, qualify
 
 BROKEN = "tests/meta/broken.py"
@@ -19,6 +20,8 @@ cycles = 6
 # A worker, two hosts while they record, one in its start-up.
 kills = 4
 seed = 9
+[test_oom_killer]
+kills = 2
 """
 SUSTAINED = f"{PROTECTION}::TestMemoryStress::test_sustained_high_memory_usage"
 FALLBACK = f"{PROTECTION}::TestGPUFallback::test_gpu_to_cpu_fallback_on_oom"
@@ -29,6 +32,8 @@ STRATEGIES = f"{RECOVERY}::TestGracefulDegradation::test_progressive_recovery_st
 BUFFER = f"{RECOVERY}::TestDataPreservation::test_audio_buffer_preservation"
 STATE = f"{RECOVERY}::TestDataPreservation::test_transcription_state_preservation"
 KILL = f"{RECOVERY}::TestDataPreservation::test_kill_during_recording"
+SUSPEND = f"{RECOVERY}::TestProcessSurvival::test_suspend_and_resume"
+OOM_KILLER = f"{RECOVERY}::TestProcessSurvival::test_oom_killer"
 POISON = f"{RECOVERY}::TestProcessSurvival::test_poison_chunk"
 LIBRARY = f"{RECOVERY}::TestProcessSurvival::test_library_missing_at_first_inference"
 FILE_SIZE = f"{RECOVERY}::TestStorageFailure::test_file_size_limit_while_recording"
@@ -50,6 +55,9 @@ DEFECTS = [
     ("leaves_a_process_behind", TRIGGER, {"left_behind"}),
     ("leaves_a_process_behind", KILL, {"orphans"}),
     ("returns_zeros_when_its_worker_dies", KILL, {"answers_wrong"}),
+    ("dies_by_itself_the_third_time", KILL, {"hosts_failed"}),
+    ("blames_its_worker_for_its_own_sleep", SUSPEND, {"workers_replaced"}),
+    ("retreats_into_its_own_process", OOM_KILLER, {"workers_spared"}),
     ("sets_the_neighbours_aside", POISON, {"not_poisoned"}),
     ("blames_the_audio", LIBRARY, {"set_aside"}),
     ("acknowledges_what_it_cannot_store", FILE_SIZE, {"refusals", "samples_lost"}),
@@ -64,10 +72,19 @@ def short(tmp_path: Path) -> Path:
     return path
 
 
+def _require_cgroup() -> None:
+    try:
+        MemoryCgroup().remove()
+    except CgroupUnavailable as error:
+        pytest.skip(str(error))
+
+
 @pytest.mark.parametrize(("defect", "test", "criteria"), DEFECTS, ids=[defect for defect, _, _ in DEFECTS])
 def test_a_defect_is_caught_by_the_criterion_that_promises_the_opposite(
     defect: str, test: str, criteria: set[str], tmp_path: Path, short: Path
 ) -> None:
+    if test == OOM_KILLER:
+        _require_cgroup()
     run = qualify(tmp_path / "results", test, "--subject", f"{BROKEN}:{defect}", "--criteria", str(short))
     assert run.status == 1, f"exit status {run.status}, expected 1:\n{run.output[-3000:]}"
     other = f"failed for other reasons: {run.failed() - run.broken()}"
@@ -79,7 +96,7 @@ def test_a_defect_is_caught_by_the_criterion_that_promises_the_opposite(
 
 def test_a_healthy_subject_passes_every_one_of_these_tests(tmp_path: Path, short: Path) -> None:
     # But for the long ones, which memory-quick runs: a verdict on leaks alone takes a minute.
-    tests = dict.fromkeys(test for _, test, _ in DEFECTS if test not in (SUSTAINED, TRIGGER))
+    tests = dict.fromkeys(test for _, test, _ in DEFECTS if test not in (SUSTAINED, TRIGGER, OOM_KILLER))
     run = qualify(tmp_path / "results", *tests, "--subject", f"{BROKEN}:healthy", "--criteria", str(short))
     assert run.status == 0, f"exit status {run.status}; failed: {run.failed()}\n{run.output[-3000:]}"
     verdicts = {each["verdict"] for each in run.criteria}

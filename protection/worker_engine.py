@@ -146,7 +146,7 @@ class WorkerEngine:
             self.fall_back()
         elif self._standby:
             self._start_standby()
-        loaded = (self._fallback if self._degraded else self._device) or self._device
+        loaded = self._current
         assert loaded is not None
         self.spec = ModelSpec(
             context_frames=loaded.loaded["context_frames"], chunk_frames=loaded.loaded["chunk_frames"]
@@ -210,6 +210,11 @@ class WorkerEngine:
             raise
         return fallback
 
+    @property
+    def _current(self) -> Worker | None:
+        """The worker that the next inference would be made in, if there is one."""
+        return self._fallback if self._degraded else self._device
+
     def _drop(self, worker: Worker | None) -> None:
         """End a worker, and forget it."""
         if worker is None:
@@ -249,7 +254,7 @@ class WorkerEngine:
         except RuntimeFailure as error:
             if error.kind in (ErrorKind.PROCESS_LOST, ErrorKind.DEVICE_STICKY):
                 # After a sticky error every later call in that process fails: it is as good as dead.
-                self._drop(self._fallback if self._degraded else self._device)
+                self._drop(self._current)
                 self.lost = True
             raise
         self.lost = False
@@ -272,7 +277,7 @@ class WorkerEngine:
             self._start_fallback()
 
     def _in_use(self) -> Worker | None:
-        worker = self._fallback if self._degraded else self._device
+        worker = self._current
         if worker is not None and worker.ended:
             # A wait for it was interrupted.
             self._drop(worker)
@@ -281,7 +286,7 @@ class WorkerEngine:
 
     def release_cached(self) -> None:
         """Give cached memory back in the worker that is in use."""
-        worker = self._fallback if self._degraded else self._device
+        worker = self._current
         if worker is not None and worker.alive:
             # One that is gone keeps nothing.
             with contextlib.suppress(ConnectionError):
@@ -290,7 +295,7 @@ class WorkerEngine:
     def collect(self) -> int:
         """Collect unreachable objects in this process, and in the worker that is in use."""
         found = gc.collect()
-        worker = self._fallback if self._degraded else self._device
+        worker = self._current
         if worker is not None and worker.alive:
             with contextlib.suppress(ConnectionError):
                 found += int(worker.side("collect", _BLOCKING_SIDE_S)[1]["found"])

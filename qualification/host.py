@@ -282,7 +282,7 @@ class Hosted:
         """Start it; its standard error and its temporary files go into ``folder``."""
         self.job = job
         self.lines: list[dict[str, Any]] = []
-        self._mark = f"{_MARK}={os.getpid()}-{next(_numbers)}"
+        self._mark = f"{os.getpid()}-{next(_numbers)}"
         self._log = folder / "stderr.log"
         self.temporary = folder / "tmp"
         self.temporary.mkdir(parents=True, exist_ok=True)
@@ -290,7 +290,7 @@ class Hosted:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "qualification.host", json.dumps(dataclasses.asdict(job)), str(os.getpid())],
                 cwd=_ROOT,
-                env={**os.environ, "TMPDIR": str(self.temporary), _MARK: self._mark.partition("=")[2]},
+                env={**os.environ, "TMPDIR": str(self.temporary), _MARK: self._mark},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=stderr,
@@ -314,7 +314,7 @@ class Hosted:
 
     def family(self) -> list[psutil.Process]:
         """Give every process that was started by it, also one that went its own way: it has a mark of its own."""
-        mark, found = self._mark.encode(), []
+        mark, found = f"{_MARK}={self._mark}".encode(), []
         for entry in Path("/proc").iterdir():
             # Of other users' processes, and of those that end meanwhile, nothing can be read.
             with suppress(OSError, ValueError, psutil.NoSuchProcess):

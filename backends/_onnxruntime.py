@@ -1,4 +1,4 @@
-"""What the ONNX Runtime backends share: sessions, allocations, the model, the faults, the health probe.
+"""What the ONNX Runtime backends share: sessions, allocations, the model, the health probe.
 
 A variant says how a session is made for its device, how its memory is capped, and which arena is to be shrunk.
 """
@@ -6,48 +6,21 @@ A variant says how a session is made for its device, how its memory is capped, a
 from __future__ import annotations
 
 import abc
-import contextlib
 import json
-import logging
 import os
-import resource
 import shutil
 import tempfile
-import threading
-import time
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from backends.contract import (
-    Allocation,
-    ArmedFault,
-    Availability,
-    Backend,
-    BackendError,
-    Capability,
-    Device,
-    FaultPlan,
-    FloatArray,
-    Health,
-    LimitNotEnforced,
-    MemoryReading,
-    Model,
-    ModelError,
-    Provenance,
-    Share,
-    Site,
-    Unsupported,
-)
-from backends.errors import classify
-from backends.faults import ballast, limits
-from backends.faults.plan import Board, CountingFault
-from backends.host import available_bytes, host_memory
+from backends._device import MISSING_LIBRARY, DeviceBackend, check_features, heap_trim, resident_bytes
+from backends.contract import Allocation, Availability, FloatArray, MemoryReading, Model, ModelError, Site
+from backends.host import host_memory
 from backends.model import BLOCK_MODEL, CRASH_MODEL, HANG_MODEL, N_MELS, PROBE_MODEL, ModelSpec
 
 if TYPE_CHECKING:
@@ -56,31 +29,6 @@ if TYPE_CHECKING:
 # Since 1.32 the Linux wheel reports usage over the network and keeps a session file in the temporary folder, unless it
 # is told not to before it is imported. Nothing about a dictation leaves the machine.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-
-_log = logging.getLogger("plimsoll.backends")
-
-T = TypeVar("T")
-MIB = 1 << 20
-#: Faults hold the device's memory in pieces of this size: smaller than any tensor of a window that matters.
-_CACHE_PIECE_BYTES = 256 << 10
-#: No library of this name exists: the runtime says so itself.
-_MISSING_LIBRARY = "libplimsoll-that-is-missing.so.1"
-_RSS_SOURCE = Path("/proc/self/statm")
-_PAGE_BYTES = resource.getpagesize()
-
-
-def resident_bytes() -> int:
-    """Read this process's resident memory."""
-    return int(_RSS_SOURCE.read_text().split()[1]) * _PAGE_BYTES
-
-
-def heap_trim() -> None:
-    """Give the C library's free heap memory back to the system, where it can (glibc, psutil 7.2)."""
-    import psutil
-
-    trim = getattr(psutil, "heap_trim", None)
-    if trim is not None:
-        trim()
 
 
 class _Block(Allocation):
@@ -100,26 +48,6 @@ class _Block(Allocation):
     def __del__(self) -> None:
         # Freed by the garbage collector: the account has to follow.
         self.free()
-
-
-class _Held(Allocation):
-    """What was allocated through a backend, wherever its device is now."""
-
-    def __init__(self, where: Allocation) -> None:
-        self._where: Allocation | None = where
-        self.size_bytes = where.size_bytes
-
-    def free(self) -> None:
-        where, self._where = self._where, None
-        if where is not None:
-            where.free()
-
-    def move(self, allocate: Callable[[int], Allocation]) -> None:
-        """Take the same memory anew where the device is now; the old is given back first."""
-        where, self._where = self._where, None
-        if where is not None:
-            where.free()
-            self._where = allocate(self.size_bytes)
 
 
 class OrtModel(Model):
@@ -143,19 +71,15 @@ class OrtModel(Model):
         session = self._session
         if session is None:
             raise ModelError(f"{self._path} was unloaded: load it again")
-        expected = (self.window_frames, N_MELS)
-        if features.ndim != 3 or features.shape[1:] != expected or features.dtype != np.float32 or not len(features):
-            raise ModelError(
-                f"features are {features.dtype} {list(features.shape)}: "
-                f"expected float32 [batch, {expected[0]}, {N_MELS}]"
-            )
+        check_features(features, self.window_frames, N_MELS)
 
         def once() -> FloatArray:
             scores: FloatArray = session.run([self._output], {self._input: features})[0]
             # A copy: it must not keep the runtime's buffer.
             return np.array(scores[:, -(self.chunk_frames // 2) :])
 
-        return self._backend._run_point(once, self.working_set_bytes(len(features)), features)
+        self._backend._working_set_bytes = self.working_set_bytes(len(features))
+        return self._backend.run_point(once, features)
 
     def working_set_bytes(self, batch: int) -> int:
         """Say what the runtime's own profile measured, extended in proportion to the batch."""
@@ -284,43 +208,24 @@ def quiet_options() -> Any:
     return options
 
 
-#: Points of a model run on the device.
-_FATAL_SITES = (Site.RUNTIME_CRASH, Site.RUNTIME_HANG)
-_RUN_SITES = (Site.DEVICE_MEMORY, Site.DEVICE_CACHE, Site.DEVICE_GARBAGE, Site.LIBRARY_MISSING, *_FATAL_SITES)
-_PROVENANCE = {
-    Site.RUNTIME_CRASH: Provenance.KILLED,
-    Site.RUNTIME_HANG: Provenance.KILLED,
-    Site.LIBRARY_MISSING: Provenance.MISSING,
-}
-
-
-class OrtBackend(Backend):
+class OrtBackend(DeviceBackend):
     """The part of a backend that every ONNX Runtime execution provider shares."""
 
     provider: ClassVar[str]
     package: ClassVar[str]
     #: What the shrinkage option calls this device's arena.
     arena: ClassVar[str]
+    #: What a bound output calls this device.
+    memory_name: ClassVar[str] = "cpu"
 
-    def __init__(self) -> None:
+    def __init__(self, device: str | None = None) -> None:
         """Make a backend without a memory limit."""
-        self._limit_bytes: int | None = None
+        super().__init__(device)
         self._block_session: ort.InferenceSession | None = None
         self._probe_session: ort.InferenceSession | None = None
         self._held_bytes = 0
         self._weights_bytes = self._working_set_bytes = 0
         self._models = 0
-        #: Shared with the fallback, and with the workers: a plan reaches them too.
-        self._board = Board()
-        self._armed: list[CountingFault] = []
-        #: What each plan that struck in this process holds, by its number.
-        self._fault_ballast: dict[int, list[Allocation]] = {}
-        #: A piece of each garbage fault's memory: gone once it was collected.
-        self._garbage: dict[int, weakref.ref[Allocation]] = {}
-        #: Where the device is, if another process has it, and what was allocated on it through this object.
-        self._elsewhere: Device | None = None
-        self._allocations: weakref.WeakSet[_Held] = weakref.WeakSet()
-        self._lock = threading.RLock()
 
     # What a variant says.
 
@@ -335,6 +240,10 @@ class OrtBackend(Backend):
     def _has_arena(self) -> bool:
         """Whether sessions made here keep memory in an arena."""
         return True
+
+    def _providers(self) -> list[Any]:
+        """Name the execution provider, with its options."""
+        return [self.provider]
 
     # What they share.
 
@@ -352,83 +261,30 @@ class OrtBackend(Backend):
     def _session(self, path: Path) -> ort.InferenceSession:
         import onnxruntime as ort
 
-        session = ort.InferenceSession(str(path), self._options(), providers=[self.provider])
+        session = ort.InferenceSession(str(path), self._options(), providers=self._providers())
         if session.get_providers()[0] != self.provider:
             raise ModelError(f"the runtime gave {session.get_providers()} where {self.provider} was asked for")
         return session
 
-    def memory(self) -> MemoryReading:
+    def _memory_here(self) -> MemoryReading:
         """Estimate: bound outputs that are held, weights, and the working set of the last run. It says so."""
-        if self._elsewhere is not None:
-            return self._elsewhere.memory()
-        self._lift_what_is_over()
         total = host_memory().total_bytes
         used = self._held_bytes + self._weights_bytes + (self._working_set_bytes if self._models else 0)
         source = "estimate: bound outputs held, weights, and the working set of the last run as profiled"
         return MemoryReading(used, used, self._limit_bytes, total, "process", False, source)
 
-    def allocate(self, size_bytes: int) -> Allocation:
-        """Have the runtime fill a block of ones in its own arena, and keep it."""
-        if size_bytes < 4:
-            raise ValueError(f"size_bytes is {size_bytes}: expected at least 4")
-        allocate = self._allocate_here if self._elsewhere is None else self._elsewhere.allocate
-        held = _Held(allocate(size_bytes))
-        with self._lock:
-            self._allocations.add(held)
-        return held
-
     def _allocate_here(self, size_bytes: int) -> Allocation:
+        """Have the runtime fill a block of ones in its own arena, and keep it."""
         with self._lock:
             if self._block_session is None:
                 self._block_session = self._session(BLOCK_MODEL)
             binding = self._block_session.io_binding()
             binding.bind_cpu_input("shape", np.array([size_bytes // 4], np.int64))
-            binding.bind_output("block", "cpu")
+            binding.bind_output("block", self.memory_name, self._index)
             self._block_session.run_with_iobinding(binding)
             value = binding.get_outputs()[0]
             self._held(size_bytes)
             return _Block(self, value, size_bytes)
-
-    # Elsewhere.
-
-    def share(self) -> Share:
-        """Share the name, the limit, what a variant adds, and the board of faults."""
-        data = {"backend": self.name, "limit_bytes": self._limit_bytes, "board": self._board.descriptor}
-        return Share(data | self._variant(), (self._board.descriptor,))
-
-    def _variant(self) -> dict[str, Any]:
-        """Say what the constructor of this variant was given, by name."""
-        return {}
-
-    @classmethod
-    def rebuild(cls, data: Mapping[str, Any]) -> Backend:
-        """Make the backend that was shared; its limit is proved here as well."""
-        options = {name: value for name, value in data.items() if name not in ("backend", "limit_bytes", "board")}
-        made = cls(**options)
-        made._board = Board(data["board"])
-        if data["limit_bytes"] is not None:
-            made.limit_memory(data["limit_bytes"])
-        return made
-
-    def hand_over(self, device: Device) -> None:
-        """Move what is held to where the device is now. What does not fit there is given back, and logged."""
-        self._elsewhere = device
-        self._move_held(device.allocate)
-
-    def take_back(self, device: Device) -> None:
-        """Move what is held back here, likewise."""
-        if self._elsewhere is device:
-            self._elsewhere = None
-            self._move_held(self._allocate_here)
-
-    def _move_held(self, allocate: Callable[[int], Allocation]) -> None:
-        with self._lock:
-            allocations = tuple(self._allocations)
-        for held in allocations:
-            try:
-                held.move(allocate)
-            except Exception as error:
-                _log.warning("%d bytes could not be taken anew on the device: %s", held.size_bytes, error)
 
     def _held(self, change_bytes: int) -> None:
         with self._lock:
@@ -439,14 +295,8 @@ class OrtBackend(Backend):
             self._models -= 1
             self._weights_bytes -= weights_bytes
 
-    def release_cached(self) -> int:
-        """Shrink the arena and trim the heap."""
-        if self._elsewhere is not None:
-            return self._elsewhere.release_cached()
-        return self._release_here()
-
     def _release_here(self) -> int:
-        self._lift_what_is_over()
+        """Shrink the arena and trim the heap."""
         before = resident_bytes()
         with self._lock:
             if self._block_session is not None and self._has_arena():
@@ -465,64 +315,11 @@ class OrtBackend(Backend):
         options.add_run_config_entry("memory.enable_memory_arena_shrinkage", self.arena)
         session.run_with_iobinding(binding, options)
 
-    def limit_memory(self, limit_bytes: int) -> None:
-        """Register an arena with this cap, and prove it: half of it can be had, and more than all of it cannot."""
-        self.require(Capability.MEMORY_LIMIT)
-        if isinstance(limit_bytes, bool) or not isinstance(limit_bytes, int):
-            raise ValueError(f"limit_bytes is {limit_bytes!r}: expected a whole number of bytes")
-        most = available_bytes() // 2
-        if not MIB <= limit_bytes <= most:
-            raise ValueError(
-                f"limit_bytes is {limit_bytes}: expected at least {MIB} (1 MiB) and at most {most} "
-                "(half of the host memory that is available now)"
-            )
-        if self._elsewhere is not None:
-            raise BackendError("the device is in a worker now: limit its memory before a subject is made")
-        with self._lock:
+    def _apply_limit(self, limit_bytes: int | None) -> None:
+        """Register an arena with this cap; sessions made from here on are in it."""
+        self._block_session = self._probe_session = None
+        if limit_bytes is not None:
             self._register_limit(limit_bytes)
-            # Sessions made from here on read it.
-            before, self._limit_bytes = self._limit_bytes, limit_bytes
-            self._block_session = self._probe_session = None
-            try:
-                self._prove_limit(limit_bytes)
-            except BaseException:
-                self._limit_bytes, self._block_session = before, None
-                if before is not None:
-                    self._register_limit(before)
-                raise
-
-    def _prove_limit(self, limit_bytes: int) -> None:
-        self._allocate_here(limit_bytes // 2 // 4 * 4).free()
-        self._release_here()
-        self._prove_refusal(limit_bytes)
-
-    def _prove_refusal(self, limit_bytes: int) -> None:
-        try:
-            self._allocate_here(limit_bytes + MIB).free()
-        except Exception as error:
-            if not classify(error).is_oom:
-                raise
-            return
-        raise LimitNotEnforced(
-            f"the runtime took a limit of {limit_bytes} bytes and then allocated {limit_bytes + MIB}: "
-            "use a larger limit, or another version of the runtime"
-        )
-
-    def load(self, path: Path) -> Model:
-        """Load an ONNX file. Raises ModelError for what is not a usable acoustic model."""
-        self._lift_what_is_over()
-        try:
-            with self._lock:
-                self._prepare(path)
-                for fault in self._faults_at(Site.HOST_MEMORY):
-                    if fault.strike():
-                        with limits.no_host_memory(fault.plan.min_bytes):
-                            return self._watched(lambda: self._load(path), [fault])
-                return self._load(path)
-        except Exception as error:
-            if classify(error).is_oom or isinstance(error, BackendError | OSError):
-                raise
-            raise ModelError(f"{path} does not load: {type(error).__name__}: {str(error)[:300]}") from error
 
     def _prepare(self, path: Path) -> None:
         """Do what a load needs to be done while there is memory for it."""
@@ -547,185 +344,26 @@ class OrtBackend(Backend):
         self._weights_bytes += model.weights_bytes
         return model
 
-    # Faults.
+    def _square(self, matrix: FloatArray) -> FloatArray:
+        if self._probe_session is None:
+            self._probe_session = self._session(PROBE_MODEL)
+        product: FloatArray = self._probe_session.run(None, {"x": matrix})[0]
+        return product
 
-    def arm(self, plan: FaultPlan) -> ArmedFault:
-        """Arm a plan for the models that this backend, its fallback or a worker of either loads and runs."""
-        needs = {
-            Site.HOST_MEMORY: Capability.HOST_OOM,
-            Site.DEVICE_ERROR: Capability.DEVICE_ERROR,
-            Site.RUNTIME_CRASH: Capability.RUNTIME_CRASH,
-            Site.RUNTIME_HANG: Capability.RUNTIME_CRASH,
-            Site.LIBRARY_MISSING: Capability.RUNTIME_CRASH,
-        }.get(plan.site, Capability.DEVICE_OOM)
-        self.require(needs)
-        if plan.process is not None:
-            raise Unsupported(
-                f"{self.name} arms a plan in its own process: expected process None, not {plan.process!r}"
-            )
-        if plan.site is Site.HOST_MEMORY:
-            if self._elsewhere is None:
-                limits.require_expendable()
-        elif self._limit_bytes is None:
-            raise ValueError(f"{plan.site.value} needs a device with a memory limit: call limit_memory first")
-        provenance = _PROVENANCE.get(plan.site, Provenance.CAPPED)
-        fault = self._board.arm(plan, provenance, self._lift)
-        with self._lock:
-            self._armed = [each for each in self._armed if each.live]
-            self._armed.append(fault)
-        return fault
-
-    def _faults_at(self, *sites: Site) -> list[CountingFault]:
-        return [fault for fault in self._board.live() if fault.plan.site in sites]
-
-    def _lift(self) -> None:
-        """Give back what a plan held that was disarmed, here and where the device is."""
-        self._lift_what_is_over()
-        if self._elsewhere is not None:
-            with contextlib.suppress(Exception):
-                # It lifts there when its memory is read.
-                self._elsewhere.memory()
-
-    def _lift_what_is_over(self) -> None:
-        """Give back what plans held in this process that are disarmed, or past their deadline."""
-        if not self._fault_ballast and not self._garbage:
-            return
-        live = {fault.number for fault in self._board.live()}
-        # A reading of memory must not wait for a load.
-        if self._lock.acquire(timeout=0.5):
-            try:
-                for number in [each for each in self._garbage if each not in live]:
-                    del self._garbage[number]
-                for number in [each for each in self._fault_ballast if each not in live]:
-                    ballast.free(self._fault_ballast.pop(number))
-            finally:
-                self._lock.release()
-
-    def _run_point(self, once: Callable[[], FloatArray], working_set_bytes: int, features: FloatArray) -> FloatArray:
-        """Run the model once; at a point where a plan strikes, with its fault in place."""
-        self._working_set_bytes = working_set_bytes
-        if not self._board.live():
-            return once()
-        self._lift_what_is_over()
-        faults = self._faults_at(*_RUN_SITES)
-        if self._limit_bytes is None:
-            # The fallback, and the faults of the device are not its. What the input brings about goes where it goes.
-            faults = [fault for fault in faults if fault.plan.input_above is not None]
-        struck = [fault for fault in faults if fault.strike(lambda: float(features.max()))]
-        # Garbage of an earlier point that nobody has collected yet still holds the memory.
-        lingering = [
-            fault
-            for fault in faults
-            if fault not in struck and (piece := self._garbage.get(fault.number)) is not None and piece() is not None
-        ]
-        try:
-            result = self._watched(lambda: self._imposed(struck, once), struck, lingering)
-        finally:
-            for fault in struck:
-                if fault.exhausted:
-                    with self._lock:
-                        ballast.free(self._fault_ballast.pop(fault.number, []))
-        return result
-
-    def _imposed(self, struck: list[CountingFault], once: Callable[[], FloatArray]) -> FloatArray:
-        for fault in struck:
-            self._impose(fault)
-        return once()
-
-    @staticmethod
-    def _watched(act: Callable[[], T], struck: list[CountingFault], lingering: Sequence[CountingFault] = ()) -> T:
-        try:
-            result = act()
-        except Exception as error:
-            # Another error is none of the fault's: it counts as neither fired nor absorbed.
-            is_oom, missing = classify(error).is_oom, _MISSING_LIBRARY in str(error)
-            for fault in (*struck, *lingering):
-                if missing if fault.plan.site is Site.LIBRARY_MISSING else is_oom:
-                    fault.fired(f"{type(error).__name__}: {str(error)[-160:]}")
-            raise
-        for fault in struck:
-            if fault.plan.site not in _FATAL_SITES:
-                fault.absorbed()
-        return result
-
-    def _impose(self, fault: CountingFault) -> None:
-        """Bring the fault about: have the device's memory held by what the site says, or end inside the runtime."""
-        site = fault.plan.site
-        if site in _FATAL_SITES:
-            self._end_inside_the_runtime(fault)
-            return
-        if site is Site.LIBRARY_MISSING:
-            quiet_options().register_custom_ops_library(_MISSING_LIBRARY)
-            return
-        with self._lock:
-            if not fault.live:
-                # Disarmed since it struck: nobody would give back what is taken now.
-                return
-            if site is Site.DEVICE_MEMORY:
-                if fault.number not in self._fault_ballast:
-                    self._release_here()
-                    held = ballast.fill(self._allocate_here)
-                    self._fault_ballast[fault.number] = ballast.leave(held, fault.plan.min_bytes)
-                    self._release_here()
-                return
-            self._release_here()
-            pieces = ballast.fill(self._allocate_here, (_CACHE_PIECE_BYTES,))
-            if site is Site.DEVICE_CACHE:
-                # Free again, and kept by the arena in regions of that size: nothing larger fits until it is released.
-                ballast.free(pieces)
-            elif pieces:
-                self._garbage[fault.number] = weakref.ref(pieces[0])
-                _make_garbage(pieces)
-
-    def _end_inside_the_runtime(self, fault: CountingFault) -> None:
-        """Crash or hang the runtime, in a process that was made to be lost. Counted before: nobody can count after."""
-        if not limits.is_expendable():
-            fault.note("the model runs in a process that must not be lost: the fault was not brought about")
-            return
-        crash = fault.plan.site is Site.RUNTIME_CRASH
-        session = self._session(CRASH_MODEL if crash else HANG_MODEL)
-        fault.fired(f"{'a division that has no quotient' if crash else 'an endless loop'}, process {os.getpid()}")
-        if crash:
-            session.run(None, {"a": np.array([-(2**31)], np.int32), "b": np.array([-1], np.int32)})
+    def _ready_to_end(self, site: Site) -> Callable[[], object]:
+        if site is Site.RUNTIME_CRASH:
+            session = self._session(CRASH_MODEL)
+            feeds = {"a": np.array([-(2**31)], np.int32), "b": np.array([-1], np.int32)}
         else:
-            session.run(None, {"go": np.array(True), "x": np.ones(1, np.float32)})
-        fault.absorbed(fired_before=True)
+            session = self._session(HANG_MODEL)
+            feeds = {"go": np.array(True), "x": np.ones(1, np.float32)}
+        return lambda: session.run(None, feeds)
 
-    def healthy(self) -> Health:
-        """Allocate 1 MiB, multiply a matrix, and compare with NumPy in double precision."""
-        if self._elsewhere is not None:
-            return self._elsewhere.healthy()
-        self._lift_what_is_over()
-        began_s = time.perf_counter()
-        try:
-            with self._lock:
-                self._allocate_here(MIB).free()
-                if self._probe_session is None:
-                    self._probe_session = self._session(PROBE_MODEL)
-                x = np.random.RandomState(7).standard_normal((256, 256)).astype(np.float32)
-                y = self._probe_session.run(None, {"x": x})[0]
-            wide = x.astype(np.float64)
-            error = float(np.max(np.abs(y - wide @ wide)))
-            ok = error < 1e-3
-            detail = f"256 × 256 product, largest error {error:.1e}"
-        except Exception as failure:
-            ok, error, detail = False, float("inf"), f"{type(failure).__name__}: {str(failure)[-200:]}"
-        return Health(ok, detail, error, time.perf_counter() - began_s)
+    def _miss_library(self) -> None:
+        quiet_options().register_custom_ops_library(MISSING_LIBRARY)
 
     def close(self) -> None:
         """Disarm every fault and drop the sessions."""
-        for fault in self._armed:
-            fault.disarm()
-        self._lift_what_is_over()
+        super().close()
         with self._lock:
             self._block_session = self._probe_session = None
-
-
-def _make_garbage(pieces: list[Allocation]) -> None:
-    """Leave the pieces to an unreachable cycle that only a full collection finds."""
-    import gc
-
-    cycle: list[Any] = [pieces]
-    cycle.append(cycle)
-    # Old objects: a young collection, which any allocation can trigger, would find the cycle at once.
-    gc.collect()

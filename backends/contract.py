@@ -32,7 +32,8 @@ class Capability(enum.Enum):
 
     MEMORY_LIMIT = "memory_limit", "The runtime enforces a cap on its device memory, and the cap can be proved."
     RELEASE_CACHED = "release_cached", "Memory the runtime keeps for reuse can be given back to the system."
-    EXACT_MEMORY_READING = "exact_memory_reading", "The runtime reports what its device memory holds, to the byte."
+    EXACT_MEMORY_READING = "exact_memory_reading", "What the device memory holds is read to the page, not estimated."
+    CACHE_OOM = "cache_oom", "What the runtime keeps for reuse can be in the way of a request until it is given back."
     DEVICE_OOM = "device_oom", "A genuine out-of-memory error of the device can be brought about."
     HOST_OOM = "host_oom", "A genuine out-of-memory error of the host can be brought about in a child process."
     FALLBACK = "fallback", "Another backend can take over without touching the failed device."
@@ -106,8 +107,12 @@ class Site(enum.Enum):
     DEVICE_GARBAGE = "device_garbage"
     #: The host refuses requests of ``min_bytes`` and more (RLIMIT_DATA). A point is a model load, in a child process.
     HOST_MEMORY = "host_memory"
-    #: The device reports an error that is not out of memory. A point is a model run.
+    #: A kernel traps: the device reports a sticky error that is not out of memory. A point is a model run, in a worker.
     DEVICE_ERROR = "device_error"
+    #: A kernel's assertion fails, likewise.
+    DEVICE_ASSERT = "device_assert"
+    #: A kernel's launch fails: it writes to an address that is none. Likewise.
+    DEVICE_ADDRESS = "device_address"
     #: The runtime crashes: the process dies of a signal inside it. A point is a model run, in a worker.
     RUNTIME_CRASH = "runtime_crash"
     #: The runtime never returns. A point is a model run, in a worker.
@@ -277,6 +282,9 @@ class Device(Protocol):
     def release_cached(self) -> int:
         """Give cached memory back there."""
 
+    def collect(self) -> int:
+        """Collect unreachable objects there."""
+
     def healthy(self) -> Health:
         """Probe it there."""
 
@@ -296,6 +304,10 @@ class Backend(abc.ABC):
     capabilities: ClassVar[Mapping[Capability, Support]]
     #: Where a model loaded here runs: "cuda:0", "cpu", …
     device: str
+
+    @abc.abstractmethod
+    def __init__(self, device: str | None = None) -> None:
+        """Make the backend on the device of this name, such as "cuda:1" (None: its first). Raises BackendError."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuse an adapter that leaves a capability unstated."""
@@ -319,7 +331,11 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def release_cached(self) -> int:
-        """Give cached memory back to the system; return by how many bytes this process's resident memory fell."""
+        """Give cached memory back; return how many bytes came back: of the device, or else of resident memory."""
+
+    @abc.abstractmethod
+    def collect(self) -> int:
+        """Collect unreachable objects in this process and where the device is; return their number."""
 
     @abc.abstractmethod
     def limit_memory(self, limit_bytes: int) -> None:

@@ -17,6 +17,7 @@ import ctypes
 import weakref
 from typing import Any, ClassVar
 
+from backends._device import one_device
 from backends._onnxruntime import OrtBackend, quiet_options
 from backends.contract import YES, Backend, BackendError, Capability, no
 
@@ -53,6 +54,7 @@ class Cpu(OrtBackend):
             "ONNX Runtime has no Python call for what an arena holds; the reading is an estimate and says so",
             "https://onnxruntime.ai/docs/api/python/api_summary.html",
         ),
+        Capability.CACHE_OOM: YES,
         Capability.DEVICE_OOM: YES,
         Capability.HOST_OOM: YES,
         Capability.FALLBACK: YES,
@@ -69,11 +71,13 @@ class Cpu(OrtBackend):
     #: Whose arena new sessions get: the runtime has one registration for the process, and the last replaces it.
     _registered: ClassVar[weakref.ref[Cpu] | None] = None
 
-    def __init__(self, bounded: bool = True) -> None:
+    def __init__(self, device: str | None = None, *, bounded: bool = True) -> None:
         """Make the device (bounded once ``limit_memory`` was called), or with ``bounded=False`` the fallback."""
-        super().__init__()
         self._bounded = bounded
-        self.device = "cpu:arena" if bounded else "cpu"
+        super().__init__(device)
+
+    def _named(self, device: str | None) -> tuple[str, int]:
+        return one_device(self.name, "cpu:arena" if self._bounded else "cpu", device)
 
     def _variant(self) -> dict[str, Any]:
         return {"bounded": self._bounded}

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
 import resource
 import signal
+import sys
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
@@ -44,3 +46,14 @@ def begin_as_child(parent: int, *, oom_score: int = 1000) -> None:
     if oom_score:
         volunteer_to_oom_killer(oom_score)
     suppress_core_dumps()
+
+
+def python_arguments(module: str, *arguments: object) -> list[str]:
+    """Give the arguments after the interpreter that run ``main`` of a module of ours with this process's import path.
+
+    ``sys.argv[2:]`` there are the arguments, as text.
+    """
+    program = f"import json, sys; sys.path[:] = json.loads(sys.argv[1]); from {module} import main; sys.exit(main())"
+    root = str(Path(__file__).resolve().parents[1])
+    path = [root, *(entry for entry in sys.path if entry != root)]
+    return ["-P", "-c", program, json.dumps(path), *map(str, arguments)]

@@ -5,7 +5,6 @@ The default is a worker process: ``protection.worker_engine``.
 
 from __future__ import annotations
 
-import gc
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -144,8 +143,8 @@ class InProcessEngine:
         (self._fallback or self._backend).release_cached()
 
     def collect(self) -> int:
-        """Collect unreachable objects in this process."""
-        return gc.collect()
+        """Collect unreachable objects in this process, and where the device is."""
+        return (self._fallback or self._backend).collect()
 
     def restart(self) -> None:
         """Not possible here."""

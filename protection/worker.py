@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
 import socket
 import sys
@@ -19,6 +18,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from backends.process import begin_as_child, python_arguments
 
 if TYPE_CHECKING:
     from backends.contract import Allocation, Backend, Model
@@ -32,8 +33,6 @@ _TEXT_MOST = 2000
 
 def main() -> None:
     """Begin as a child and serve until the host is gone."""
-    from backends.process import begin_as_child
-
     parent, work, side = (int(word) for word in sys.argv[2:5])
     begin_as_child(parent)
     # Whatever a library prints: the host's standard output has one reader, and it is not this.
@@ -243,9 +242,4 @@ def _described(error: Exception) -> dict[str, Any]:
 
 def boot(parent: int, work: int, side: int) -> list[str]:
     """Give the arguments after the interpreter that start a worker with this process's import path."""
-    program = (
-        "import json, sys; sys.path[:] = json.loads(sys.argv[1]); from protection.worker import main; sys.exit(main())"
-    )
-    root = str(Path(__file__).resolve().parents[1])
-    path = [root, *(entry for entry in sys.path if entry != root)]
-    return ["-P", "-c", program, json.dumps(path), str(parent), str(work), str(side)]
+    return python_arguments("protection.worker", parent, work, side)

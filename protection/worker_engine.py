@@ -91,6 +91,9 @@ class _DeviceElsewhere:
     def release_cached(self) -> int:
         return int(self._worker().side("release", _BLOCKING_SIDE_S)[1]["released"])
 
+    def collect(self) -> int:
+        return int(self._worker().side("collect", _BLOCKING_SIDE_S)[1]["found"])
+
     def healthy(self) -> Health:
         try:
             return Health(**self._worker().side("healthy", _BLOCKING_SIDE_S)[1])

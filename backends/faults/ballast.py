@@ -24,10 +24,10 @@ from backends.host import spendable_bytes
 from backends.process import begin_as_child
 
 MIB = 1 << 20
-_PIECES = (16 * MIB, 4 * MIB, MIB, 256 << 10, 64 << 10, 4 << 10)
+PIECES = (16 * MIB, 4 * MIB, MIB, 256 << 10, 64 << 10, 4 << 10)
 
 
-def fill(allocate: Callable[[int], Allocation], pieces_bytes: tuple[int, ...] = _PIECES) -> list[Allocation]:
+def fill(allocate: Callable[[int], Allocation], pieces_bytes: tuple[int, ...] = PIECES) -> list[Allocation]:
     """Take all the device's memory, in ever smaller pieces, until the runtime refuses the smallest.
 
     Raises what ``allocate`` raises when it is not an out-of-memory error.

@@ -1,0 +1,534 @@
+"""What every backend that ships has in common, whatever its runtime: what is held, where the device is, the faults.
+
+A family (``_onnxruntime.py``, ``_torch.py``) says how memory is taken and given back, how it is capped, how a model is
+loaded, and how the runtime is made to crash.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import gc
+import logging
+import os
+import resource
+import threading
+import time
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+
+from backends.contract import (
+    Allocation,
+    ArmedFault,
+    Backend,
+    BackendError,
+    Capability,
+    Device,
+    FaultPlan,
+    FloatArray,
+    Health,
+    LimitNotEnforced,
+    MemoryReading,
+    Model,
+    ModelError,
+    Provenance,
+    Share,
+    Site,
+    Unsupported,
+)
+from backends.errors import classify
+from backends.faults import ballast, limits
+from backends.faults.plan import Board, CountingFault
+from backends.host import available_bytes
+
+_log = logging.getLogger("plimsoll.backends")
+
+T = TypeVar("T")
+MIB = 1 << 20
+#: Faults hold the device's memory in pieces of this size: smaller than any tensor of a window that matters.
+CACHE_PIECE_BYTES = 256 << 10
+#: No library of this name exists: the runtime says so itself.
+MISSING_LIBRARY = "libplimsoll-that-is-missing.so.1"
+_RSS_SOURCE = Path("/proc/self/statm")
+_PAGE_BYTES = resource.getpagesize()
+
+_FATAL_SITES = (Site.RUNTIME_CRASH, Site.RUNTIME_HANG)
+#: Faults of the device itself: a kernel that ends the process's use of it.
+STICKY_SITES = (Site.DEVICE_ERROR, Site.DEVICE_ASSERT, Site.DEVICE_ADDRESS)
+#: Points of a model run on the device.
+_RUN_SITES = (
+    *(Site.DEVICE_MEMORY, Site.DEVICE_CACHE, Site.DEVICE_GARBAGE, Site.LIBRARY_MISSING),
+    *_FATAL_SITES,
+    *STICKY_SITES,
+)
+_NEEDS = {
+    Site.DEVICE_CACHE: Capability.CACHE_OOM,
+    Site.HOST_MEMORY: Capability.HOST_OOM,
+    Site.RUNTIME_CRASH: Capability.RUNTIME_CRASH,
+    Site.RUNTIME_HANG: Capability.RUNTIME_CRASH,
+    Site.LIBRARY_MISSING: Capability.RUNTIME_CRASH,
+    **dict.fromkeys(STICKY_SITES, Capability.DEVICE_ERROR),
+}
+
+
+def resident_bytes() -> int:
+    """Read this process's resident memory."""
+    return int(_RSS_SOURCE.read_text().split()[1]) * _PAGE_BYTES
+
+
+def heap_trim() -> None:
+    """Give the C library's free heap memory back to the system, where it can (glibc, psutil 7.2)."""
+    import psutil
+
+    trim = getattr(psutil, "heap_trim", None)
+    if trim is not None:
+        trim()
+
+
+def check_features(features: FloatArray, window_frames: int, mels: int) -> None:
+    """Raise ModelError for what is not float32 [batch, window_frames, mels]."""
+    expected = (window_frames, mels)
+    if features.ndim != 3 or features.shape[1:] != expected or features.dtype != np.float32 or not len(features):
+        raise ModelError(
+            f"features are {features.dtype} {list(features.shape)}: expected float32 [batch, {window_frames}, {mels}]"
+        )
+
+
+def one_device(backend: str, its: str, asked: str | None) -> tuple[str, int]:
+    """Give the name and number of the device of a backend that has one. Raises BackendError for another."""
+    if asked not in (None, its):
+        raise BackendError(f"{backend} has no device {asked!r}: expected {its!r}, or none named")
+    return its, 0
+
+
+class _Held(Allocation):
+    """What was allocated through a backend, wherever its device is now."""
+
+    def __init__(self, where: Allocation) -> None:
+        self._where: Allocation | None = where
+        self.size_bytes = where.size_bytes
+
+    def free(self) -> None:
+        where, self._where = self._where, None
+        if where is not None:
+            where.free()
+
+    def move(self, allocate: Callable[[int], Allocation]) -> None:
+        """Take the same memory anew where the device is now; the old is given back first."""
+        where, self._where = self._where, None
+        if where is not None:
+            where.free()
+            self._where = allocate(self.size_bytes)
+
+
+class DeviceBackend(Backend):
+    """The part of a backend that does not depend on its runtime."""
+
+    #: The smallest pieces that a full device is filled up with: below it, memory is not the device's.
+    fill_pieces_bytes: ClassVar[tuple[int, ...]] = ballast.PIECES
+
+    def __init__(self, device: str | None = None) -> None:
+        """Make a backend without a memory limit, on the device of this name. Raises BackendError for one it has not."""
+        self.device, self._index = self._named(device)
+        self._limit_bytes: int | None = None
+        #: Shared with the fallback, and with the workers: a plan reaches them too.
+        self._board = Board()
+        self._armed: list[CountingFault] = []
+        #: What each plan that struck in this process holds, by its number.
+        self._fault_ballast: dict[int, list[Allocation]] = {}
+        #: A piece of each garbage fault's memory: gone once it was collected.
+        self._garbage: dict[int, weakref.ref[Allocation]] = {}
+        #: Where the device is, if another process has it, and what was allocated on it through this object.
+        self._elsewhere: Device | None = None
+        self._allocations: weakref.WeakSet[_Held] = weakref.WeakSet()
+        self._lock = threading.RLock()
+
+    # What a family says.
+
+    @abc.abstractmethod
+    def _named(self, device: str | None) -> tuple[str, int]:
+        """Give the name and the number of the device that is asked for. Raises BackendError for one it has not."""
+
+    @abc.abstractmethod
+    def _memory_here(self) -> MemoryReading:
+        """Read the device's memory in this process."""
+
+    @abc.abstractmethod
+    def _allocate_here(self, size_bytes: int) -> Allocation:
+        """Take device memory in this process, and touch it."""
+
+    @abc.abstractmethod
+    def _release_here(self) -> int:
+        """Give cached memory back in this process; say how much came back."""
+
+    @abc.abstractmethod
+    def _apply_limit(self, limit_bytes: int | None) -> None:
+        """Have the runtime enforce a limit from here on (None: as before any was set)."""
+
+    @abc.abstractmethod
+    def _prepare(self, path: Path) -> None:
+        """Do what a load needs to be done while there is memory for it. Raises ModelError."""
+
+    @abc.abstractmethod
+    def _load(self, path: Path) -> Model:
+        """Load an acoustic model in this process."""
+
+    @abc.abstractmethod
+    def _square(self, matrix: FloatArray) -> FloatArray:
+        """Multiply float32 [n, n] by itself on the device."""
+
+    @abc.abstractmethod
+    def _ready_to_end(self, site: Site) -> Callable[[], object]:
+        """Give what makes the runtime crash, or never return; everything that it needs is there already."""
+
+    @abc.abstractmethod
+    def _miss_library(self) -> None:
+        """Have the runtime load MISSING_LIBRARY. Raises the runtime's own error."""
+
+    def _strike_device(self, site: Site) -> None:
+        """Run a kernel that the device stops, in this process. For backends with DEVICE_ERROR."""
+        raise NotImplementedError(f"{self.name} has no {site.value}")
+
+    def _fill(self, free_bytes: int) -> list[Allocation]:
+        """Hold the device's memory so that less than ``free_bytes`` are free."""
+        held = ballast.fill(self._allocate_here, self.fill_pieces_bytes)
+        return ballast.leave(held, free_bytes)
+
+    def _provenance(self, site: Site) -> Provenance:
+        """Say how this backend brings a fault about."""
+        if site in _FATAL_SITES:
+            return Provenance.KILLED
+        if site in STICKY_SITES:
+            return Provenance.DEVICE
+        return Provenance.MISSING if site is Site.LIBRARY_MISSING else Provenance.CAPPED
+
+    def _variant(self) -> dict[str, Any]:
+        """Say what the constructor of this variant was given, by name."""
+        return {}
+
+    def _device_elsewhere(self) -> Device | None:
+        """Give the device where another process has it, or None where this one has it."""
+        return self._elsewhere
+
+    def _most_bytes(self) -> tuple[int, str]:
+        """Give the highest limit that can be asked for, and what it is."""
+        return available_bytes() // 2, "half of the host memory that is available now"
+
+    # Memory.
+
+    def memory(self) -> MemoryReading:
+        """Read the device's memory, where the device is."""
+        elsewhere = self._device_elsewhere()
+        if elsewhere is not None:
+            return elsewhere.memory()
+        self._lift_what_is_over()
+        return self._memory_here()
+
+    def allocate(self, size_bytes: int) -> Allocation:
+        """Take device memory where the device is, and keep it."""
+        if size_bytes < 4:
+            raise ValueError(f"size_bytes is {size_bytes}: expected at least 4")
+        elsewhere = self._device_elsewhere()
+        allocate = self._allocate_here if elsewhere is None else elsewhere.allocate
+        held = _Held(allocate(size_bytes))
+        with self._lock:
+            self._allocations.add(held)
+        return held
+
+    def release_cached(self) -> int:
+        """Give cached memory back where the device is."""
+        elsewhere = self._device_elsewhere()
+        if elsewhere is not None:
+            return elsewhere.release_cached()
+        self._lift_what_is_over()
+        return self._release_here()
+
+    def collect(self) -> int:
+        """Collect unreachable objects in this process, and where the device is."""
+        elsewhere = self._device_elsewhere()
+        return gc.collect() + (0 if elsewhere is None else elsewhere.collect())
+
+    def limit_memory(self, limit_bytes: int) -> None:
+        """Set a cap, and prove it: half of it can be had, and more than all of it cannot."""
+        self.require(Capability.MEMORY_LIMIT)
+        if isinstance(limit_bytes, bool) or not isinstance(limit_bytes, int):
+            raise ValueError(f"limit_bytes is {limit_bytes!r}: expected a whole number of bytes")
+        most, what = self._most_bytes()
+        if not MIB <= limit_bytes <= most:
+            raise ValueError(
+                f"limit_bytes is {limit_bytes}: expected at least {MIB} (1 MiB) and at most {most} ({what})"
+            )
+        if self._elsewhere is not None:
+            raise BackendError("the device is in a worker now: limit its memory before a subject is made")
+        self._limit_here(limit_bytes)
+
+    def _limit_here(self, limit_bytes: int) -> None:
+        with self._lock:
+            before, self._limit_bytes = self._limit_bytes, limit_bytes
+            try:
+                self._apply_limit(limit_bytes)
+                self._allocate_here(limit_bytes // 2 // 4 * 4).free()
+                self._release_here()
+                self._prove_refusal(limit_bytes)
+            except BaseException:
+                self._limit_bytes = before
+                self._apply_limit(before)
+                raise
+
+    def _prove_refusal(self, limit_bytes: int) -> None:
+        try:
+            self._allocate_here(limit_bytes + MIB).free()
+        except Exception as error:
+            if not classify(error).is_oom:
+                raise
+            return
+        raise LimitNotEnforced(
+            f"the runtime took a limit of {limit_bytes} bytes and then allocated {limit_bytes + MIB}: "
+            "use a larger limit, or another version of the runtime"
+        )
+
+    # Elsewhere.
+
+    def share(self) -> Share:
+        """Share the name, the limit, what a variant adds, and the board of faults."""
+        data = {"backend": self.name, "limit_bytes": self._limit_bytes, "board": self._board.descriptor}
+        return Share(data | self._variant(), (self._board.descriptor,))
+
+    @classmethod
+    def rebuild(cls, data: Mapping[str, Any]) -> Backend:
+        """Make the backend that was shared; its limit is proved here as well."""
+        options = {name: value for name, value in data.items() if name not in ("backend", "limit_bytes", "board")}
+        made = cls(**options)
+        made._board = Board(data["board"])
+        made._has_the_device()
+        if data["limit_bytes"] is not None:
+            made.limit_memory(data["limit_bytes"])
+        return made
+
+    def _has_the_device(self) -> None:
+        """Take note that this process was started to have the device."""
+
+    def hand_over(self, device: Device) -> None:
+        """Move what is held to where the device is now. What does not fit there is given back, and logged."""
+        self._elsewhere = device
+        self._move_held(device.allocate)
+
+    def take_back(self, device: Device) -> None:
+        """Move what is held back here, likewise."""
+        if self._elsewhere is device:
+            self._elsewhere = None
+            self._move_held(self._allocate_back)
+
+    def _allocate_back(self, size_bytes: int) -> Allocation:
+        elsewhere = self._device_elsewhere()
+        return self._allocate_here(size_bytes) if elsewhere is None else elsewhere.allocate(size_bytes)
+
+    def _move_held(self, allocate: Callable[[int], Allocation]) -> None:
+        with self._lock:
+            allocations = tuple(self._allocations)
+        for held in allocations:
+            try:
+                held.move(allocate)
+            except Exception as error:
+                _log.warning("%d bytes could not be taken anew on the device: %s", held.size_bytes, error)
+
+    # Loading.
+
+    def load(self, path: Path) -> Model:
+        """Load a model file. Raises ModelError for what is not a usable acoustic model."""
+        self._lift_what_is_over()
+        try:
+            with self._lock:
+                self._prepare(path)
+                for fault in self._faults_at(Site.HOST_MEMORY):
+                    if fault.strike():
+                        with limits.no_host_memory(fault.plan.min_bytes):
+                            return self._watched(lambda: self._load(path), [fault])
+                return self._load(path)
+        except Exception as error:
+            if classify(error).is_oom or isinstance(error, BackendError | OSError):
+                raise
+            raise ModelError(f"{path} does not load: {type(error).__name__}: {str(error)[:300]}") from error
+
+    # Faults.
+
+    def arm(self, plan: FaultPlan) -> ArmedFault:
+        """Arm a plan for the models that this backend, its fallback or a worker of either loads and runs."""
+        self.require(_NEEDS.get(plan.site, Capability.DEVICE_OOM))
+        if plan.process is not None:
+            raise Unsupported(
+                f"{self.name} arms a plan in its own process: expected process None, not {plan.process!r}"
+            )
+        if plan.site is Site.HOST_MEMORY:
+            if self._device_elsewhere() is None:
+                limits.require_expendable()
+        elif self._limit_bytes is None:
+            raise ValueError(f"{plan.site.value} needs a device with a memory limit: call limit_memory first")
+        self._check_arming(plan)
+        fault = self._board.arm(plan, self._provenance(plan.site), self._lift)
+        with self._lock:
+            self._armed = [each for each in self._armed if each.live]
+            self._armed.append(fault)
+        return fault
+
+    def _check_arming(self, plan: FaultPlan) -> None:
+        """Raise BackendError for a plan that must not be carried out on this machine."""
+
+    def _faults_at(self, *sites: Site) -> list[CountingFault]:
+        return [fault for fault in self._board.live() if fault.plan.site in sites]
+
+    def _lift(self) -> None:
+        """Give back what a plan held that was disarmed, here and where the device is."""
+        self._lift_what_is_over()
+        with contextlib.suppress(Exception):
+            # Where the device is, it lifts when its memory is read.
+            self.memory()
+
+    def _lift_what_is_over(self) -> None:
+        """Give back what plans held in this process that are disarmed, or past their deadline."""
+        if not self._fault_ballast and not self._garbage:
+            return
+        live = {fault.number for fault in self._board.live()}
+        # A reading of memory must not wait for a load.
+        if self._lock.acquire(timeout=0.5):
+            try:
+                for number in [each for each in self._garbage if each not in live]:
+                    del self._garbage[number]
+                for number in [each for each in self._fault_ballast if each not in live]:
+                    ballast.free(self._fault_ballast.pop(number))
+            finally:
+                self._lock.release()
+
+    def run_point(self, once: Callable[[], FloatArray], features: FloatArray) -> FloatArray:
+        """Run the model once; at a point where a plan strikes, with its fault in place."""
+        if not self._board.live():
+            return once()
+        self._lift_what_is_over()
+        faults = self._faults_at(*_RUN_SITES)
+        if self._limit_bytes is None:
+            # The fallback, and the faults of the device are not its. What the input brings about goes where it goes.
+            faults = [fault for fault in faults if fault.plan.input_above is not None]
+        struck = [fault for fault in faults if fault.strike(lambda: float(features.max()))]
+        # Garbage of an earlier point that nobody has collected yet still holds the memory.
+        lingering = [
+            fault
+            for fault in faults
+            if fault not in struck and (piece := self._garbage.get(fault.number)) is not None and piece() is not None
+        ]
+        try:
+            result = self._watched(lambda: self._imposed(struck, once), struck, lingering)
+        finally:
+            for fault in struck:
+                if fault.exhausted:
+                    with self._lock:
+                        ballast.free(self._fault_ballast.pop(fault.number, []))
+        return result
+
+    def _imposed(self, struck: list[CountingFault], once: Callable[[], FloatArray]) -> FloatArray:
+        for fault in struck:
+            self._impose(fault)
+        return once()
+
+    @staticmethod
+    def _watched(act: Callable[[], T], struck: list[CountingFault], lingering: Sequence[CountingFault] = ()) -> T:
+        try:
+            result = act()
+        except Exception as error:
+            # Another error is none of the fault's: it counts as neither fired nor absorbed.
+            kind, missing = classify(error), MISSING_LIBRARY in str(error)
+            for fault in (*struck, *lingering):
+                site = fault.plan.site
+                is_its = (
+                    missing
+                    if site is Site.LIBRARY_MISSING
+                    else kind.is_device_error
+                    if site in STICKY_SITES
+                    else kind.is_oom
+                )
+                if is_its:
+                    fault.fired(f"{type(error).__name__}: {str(error)[-160:]}")
+            raise
+        for fault in struck:
+            if fault.plan.site not in _FATAL_SITES:
+                fault.absorbed()
+        return result
+
+    def _impose(self, fault: CountingFault) -> None:
+        """Bring the fault about: have the device's memory held by what the site says, or end inside the runtime."""
+        site = fault.plan.site
+        if site in _FATAL_SITES:
+            self._end_inside_the_runtime(fault)
+            return
+        if site is Site.LIBRARY_MISSING:
+            self._miss_library()
+            return
+        if site in STICKY_SITES:
+            self._strike_device(site)
+            return
+        with self._lock:
+            if not fault.live:
+                # Disarmed since it struck: nobody would give back what is taken now.
+                return
+            if site is Site.DEVICE_MEMORY:
+                if fault.number not in self._fault_ballast:
+                    self._release_here()
+                    self._fault_ballast[fault.number] = self._fill(fault.plan.min_bytes)
+                    self._release_here()
+                return
+            self._release_here()
+            pieces = ballast.fill(self._allocate_here, (CACHE_PIECE_BYTES,))
+            if site is Site.DEVICE_CACHE:
+                # Free again, and kept by the arena in regions of that size: nothing larger fits until it is released.
+                ballast.free(pieces)
+            elif pieces:
+                self._garbage[fault.number] = weakref.ref(pieces[0])
+                _make_garbage(pieces)
+
+    def _end_inside_the_runtime(self, fault: CountingFault) -> None:
+        """Crash or hang the runtime, in a process that was made to be lost. Counted before: nobody can count after."""
+        if not limits.is_expendable():
+            fault.note("the model runs in a process that must not be lost: the fault was not brought about")
+            return
+        crash = fault.plan.site is Site.RUNTIME_CRASH
+        end = self._ready_to_end(fault.plan.site)
+        fault.fired(f"{'a division that has no quotient' if crash else 'an endless loop'}, process {os.getpid()}")
+        end()
+        fault.absorbed(fired_before=True)
+
+    def healthy(self) -> Health:
+        """Allocate 1 MiB, multiply a matrix, and compare with NumPy in double precision."""
+        elsewhere = self._device_elsewhere()
+        if elsewhere is not None:
+            return elsewhere.healthy()
+        self._lift_what_is_over()
+        began_s = time.perf_counter()
+        try:
+            x = np.random.RandomState(7).standard_normal((256, 256)).astype(np.float32)
+            with self._lock:
+                self._allocate_here(MIB).free()
+                y = self._square(x)
+            wide = x.astype(np.float64)
+            error = float(np.max(np.abs(y - wide @ wide)))
+            ok = error < 1e-3
+            detail = f"256 × 256 product, largest error {error:.1e}"
+        except Exception as failure:
+            ok, error, detail = False, float("inf"), f"{type(failure).__name__}: {str(failure)[-200:]}"
+        return Health(ok, detail, error, time.perf_counter() - began_s)
+
+    def close(self) -> None:
+        """Disarm every fault and give back what they held."""
+        for fault in self._armed:
+            fault.disarm()
+        self._lift_what_is_over()
+
+
+def _make_garbage(pieces: list[Allocation]) -> None:
+    """Leave the pieces to an unreachable cycle that only a full collection finds."""
+    cycle: list[Any] = [pieces]
+    cycle.append(cycle)
+    # Old objects: a young collection, which any allocation can trigger, would find the cycle at once.
+    gc.collect()

@@ -1,0 +1,257 @@
+"""A device that is a whole process, for as long as no subject's worker has it.
+
+``torch-cpu`` bounds its device by a limit on a process, which can be no process of a user's. So a backend of that kind
+has its device here, in a child that is started when it is first asked for something:
+
+    python -c … CONNECTION_DESCRIPTOR MEMORY_DESCRIPTOR PARENT_PROCESS_ID
+
+It rebuilds the backend and does what it is asked, one thing after another. It ends with its parent.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import mmap
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backends.contract import Allocation, BackendError, FloatArray, Health, MemoryReading, Model, Share
+from backends.errors import ErrorKind, RuntimeFailure, classify
+from backends.process import begin_as_child, python_arguments
+
+_END_S = 1.0
+
+
+class Keeper:
+    """The child, from its parent's side. Any thread may ask; they wait for each other."""
+
+    def __init__(self, share: Share) -> None:
+        """Start it; it makes the backend that was shared. Raises RuntimeFailure, or what making it raises."""
+        # The kernel ends a child with the thread that started it. So it is none that ends before this object.
+        self._launcher = ThreadPoolExecutor(1, "plimsoll-keeper")
+        self._lock, self._sharing = threading.Lock(), threading.Lock()
+        # Features travel in shared memory, which no limit on the child's data counts: a full device can still be asked.
+        self._shared = os.memfd_create("plimsoll-features")
+        self._connection, self._process = self._launcher.submit(_launch, self._shared, share.descriptors).result()
+        self.models = 0
+        try:
+            self.ask("start", dict(share.data))
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def process_id(self) -> int:
+        """Its process id."""
+        return int(self._process.pid)
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs."""
+        return self._process.poll() is None
+
+    def ask(self, do: str, *arguments: Any) -> Any:
+        """Have it do something and give the answer. Raises what failed there, or RuntimeFailure when it is gone."""
+        with self._lock:
+            try:
+                self._connection.send((do, arguments))
+                failed, answer = self._connection.recv()
+            except (EOFError, OSError):
+                self._process.wait()
+                raise RuntimeFailure(
+                    ErrorKind.PROCESS_LOST,
+                    f"the process {self.process_id} that had the device ended with status {self._process.returncode}",
+                ) from None
+        if failed:
+            raise RuntimeFailure(*answer) if isinstance(answer, tuple) else answer
+        return answer
+
+    def run(self, number: int, features: FloatArray) -> FloatArray:
+        """Run a model there."""
+        with self._sharing:
+            os.pwrite(self._shared, np.ascontiguousarray(features, np.float32).data, 0)
+            scores: FloatArray = self.ask("run", number, features.shape)
+        return scores
+
+    # The device.
+
+    def memory(self) -> MemoryReading:
+        """Read its memory."""
+        reading: MemoryReading = self.ask("memory")
+        return reading
+
+    def allocate(self, size_bytes: int) -> Allocation:
+        """Take memory there."""
+        return _Kept(self, self.ask("allocate", size_bytes), size_bytes)
+
+    def release_cached(self) -> int:
+        """Give cached memory back there."""
+        return int(self.ask("release_cached"))
+
+    def collect(self) -> int:
+        """Collect unreachable objects there."""
+        return int(self.ask("collect"))
+
+    def healthy(self) -> Health:
+        """Probe it there."""
+        try:
+            health: Health = self.ask("healthy")
+        except RuntimeFailure as error:
+            return Health(False, str(error), float("inf"), 0.0)
+        return health
+
+    def load(self, path: Path) -> Model:
+        """Load a model there."""
+        return _KeptModel(self, *self.ask("load", path))
+
+    def close(self) -> None:
+        """End it, in order if it answers at once. A second call does nothing."""
+        self._connection.close()
+        try:
+            self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._launcher.shutdown()
+        if self._shared >= 0:
+            os.close(self._shared)
+            self._shared = -1
+
+
+class _Kept(Allocation):
+    """Memory that the child holds."""
+
+    def __init__(self, keeper: Keeper, number: int, size_bytes: int) -> None:
+        self._keeper: Keeper | None = keeper
+        self._number = number
+        self.size_bytes = size_bytes
+
+    def free(self) -> None:
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None and keeper.alive:
+            keeper.ask("free", self._number)
+
+
+class _KeptModel(Model):
+    """A model that the child loaded."""
+
+    def __init__(self, keeper: Keeper, number: int, said: Mapping[str, Any]) -> None:
+        self._keeper: Keeper | None = keeper
+        self._number = number
+        self.device, self.vocabulary = said["device"], said["vocabulary"]
+        self.window_frames, self.chunk_frames = said["window_frames"], said["chunk_frames"]
+        keeper.models += 1
+
+    def run(self, features: FloatArray) -> FloatArray:
+        return self._asked().run(self._number, features)
+
+    def working_set_bytes(self, batch: int) -> int:
+        return int(self._asked().ask("working_set_bytes", self._number, batch))
+
+    def _asked(self) -> Keeper:
+        if self._keeper is None:
+            raise BackendError("the model was unloaded: load it again")
+        return self._keeper
+
+    def close(self) -> None:
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            keeper.models -= 1
+            if keeper.alive:
+                keeper.ask("close", self._number)
+
+
+def _launch(shared: int, descriptors: tuple[int, ...]) -> tuple[Connection, subprocess.Popen[bytes]]:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, *python_arguments("backends._keeper", theirs.fileno(), shared, os.getpid())],
+            stdin=subprocess.DEVNULL,
+            # Its parent's standard output has one reader, and it is not for this.
+            stdout=2,
+            pass_fds=(theirs.fileno(), shared, *descriptors),
+            # Ctrl-C is the parent's to handle.
+            start_new_session=True,
+        )
+    return Connection(ours.detach()), process
+
+
+def main() -> None:
+    """Do what the parent asks, until it is gone."""
+    descriptor, shared, parent = (int(word) for word in sys.argv[2:5])
+    begin_as_child(parent)
+    from backends.faults.limits import declare_expendable
+
+    declare_expendable()
+    connection = Connection(descriptor)
+    kept = _Keeping(shared)
+    while True:
+        try:
+            do, arguments = connection.recv()
+        except (EOFError, OSError):
+            os._exit(0)
+        try:
+            answer = False, getattr(kept, do)(*arguments)
+        except BackendError as error:
+            answer = True, type(error)(*error.args)
+        except Exception as error:
+            # Classified here, where its type is known; outside this block nothing of it is kept.
+            answer = True, (classify(error), f"{type(error).__name__}: {error}")
+        del arguments
+        try:
+            connection.send(answer)
+        except OSError:
+            os._exit(0)
+
+
+class _Keeping:
+    """What the child can be asked, by name."""
+
+    def __init__(self, shared: int) -> None:
+        self._shared = shared
+        self._numbers = itertools.count(1)
+        self._held: dict[int, Allocation] = {}
+        self._models: dict[int, Model] = {}
+
+    def start(self, data: Mapping[str, Any]) -> None:
+        import backends
+
+        self._backend = backends.rebuild(data)
+        for name in ("memory", "release_cached", "collect", "healthy", "limit_memory"):
+            setattr(self, name, getattr(self._backend, name))
+
+    def allocate(self, size_bytes: int) -> int:
+        held = self._backend.allocate(size_bytes)
+        self._held[number := next(self._numbers)] = held
+        return number
+
+    def free(self, number: int) -> None:
+        self._held.pop(number).free()
+
+    def load(self, path: Path) -> tuple[int, dict[str, Any]]:
+        model = self._backend.load(path)
+        self._models[number := next(self._numbers)] = model
+        names = ("device", "vocabulary", "window_frames", "chunk_frames")
+        return number, {name: getattr(model, name) for name in names}
+
+    def run(self, number: int, shape: tuple[int, ...]) -> FloatArray:
+        # Given back with the last reference to it.
+        shared = mmap.mmap(self._shared, 4 * math.prod(shape))
+        return self._models[number].run(np.frombuffer(shared, np.float32).reshape(shape))
+
+    def working_set_bytes(self, number: int, batch: int) -> int:
+        return self._models[number].working_set_bytes(batch)
+
+    def close(self, number: int) -> None:
+        self._models.pop(number).close()

@@ -1,0 +1,169 @@
+"""What the torch backends share: blocks, the model, the health probe, and how torch is brought to its end.
+
+Torch is imported only where a device is: a process that has a backend, and no device, does not pay for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable
+from importlib import util
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from backends._device import MISSING_LIBRARY, DeviceBackend, check_features
+from backends.contract import Allocation, Availability, FloatArray, Model, ModelError, Site
+from backends.model import N_MELS, ModelSpec, read_onnx
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+
+def quiet_torch() -> None:
+    """Import torch for inference in this process: one thread, no gradients, the same numbers each time."""
+    first = "torch" not in sys.modules
+    # cuBLAS repeats itself only with a workspace of a fixed size, set before it starts (torch, "Reproducibility").
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    import torch
+
+    torch.set_grad_enabled(False)
+    if first:
+        # One thread: requests repeat exactly from run to run, and so do results. Refused once work was done.
+        with contextlib.suppress(RuntimeError):
+            torch.set_num_interop_threads(1)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    # Full float32: TF32 keeps 10 bits of the mantissa.
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+class _Block(Allocation):
+    """A tensor of ones: every page of it is touched."""
+
+    def __init__(self, tensor: torch.Tensor, size_bytes: int) -> None:
+        self._tensor: torch.Tensor | None = tensor
+        self.size_bytes = size_bytes
+
+    def free(self) -> None:
+        self._tensor = None
+
+
+class TorchModel(Model):
+    """An acoustic model in torch."""
+
+    def __init__(self, backend: TorchBackend, module: Any, spec: ModelSpec, path: Path) -> None:
+        """Take a module on the backend's device."""
+        from backends._torch_model import peak_bytes
+
+        self._backend, self._module, self._path = backend, module, path
+        self.device = backend.device
+        self.window_frames, self.chunk_frames = spec.window_frames, spec.chunk_frames
+        self.vocabulary = spec.vocabulary
+        one, three = (peak_bytes(module, spec, batch) for batch in (1, 3))
+        self._item_bytes = max(0, (three - one) // 2)
+        self._fixed_bytes = max(0, one - self._item_bytes)
+
+    def run(self, features: FloatArray) -> FloatArray:
+        """Run float32 [batch, window_frames, 80]."""
+        import torch
+
+        module = self._module
+        if module is None:
+            raise ModelError(f"{self._path} was unloaded: load it again")
+        check_features(features, self.window_frames, N_MELS)
+
+        def once() -> FloatArray:
+            with torch.inference_mode():
+                given = torch.from_numpy(features if features.flags.writeable else features.copy())
+                scores = module(given.to(self._backend.torch_device()))
+                # A copy: it must not keep the whole output.
+                return np.array(scores[:, -(self.chunk_frames // 2) :].cpu().numpy())
+
+        return self._backend.run_point(lambda: self._backend.owned(once), features)
+
+    def working_set_bytes(self, batch: int) -> int:
+        """Say what was measured for one and three windows, extended in proportion to the batch."""
+        return self._fixed_bytes + self._item_bytes * batch
+
+    def close(self) -> None:
+        """Unload the model."""
+        self._module = None
+
+
+class TorchBackend(DeviceBackend):
+    """The part of a backend that torch's devices share."""
+
+    @classmethod
+    def probe(cls) -> Availability:
+        """Look for torch, without importing it."""
+        if util.find_spec("torch") is None:
+            return Availability(False, "torch is not installed: pip install torch")
+        return Availability(True, runtime=f"torch {version('torch')}")
+
+    def torch_device(self) -> str:
+        """Say what torch calls this device."""
+        return "cpu"
+
+    def owned(self, act: Callable[[], T]) -> T:
+        """Do something on the device. Errors come as torch raises them; a variant that knows more of them says so."""
+        return act()
+
+    def _allocate_here(self, size_bytes: int) -> Allocation:
+        import torch
+
+        tensor = self.owned(lambda: torch.ones(size_bytes // 4, device=self.torch_device()))
+        return _Block(tensor, size_bytes)
+
+    def _prepare(self, path: Path) -> None:
+        if not path.is_file():
+            raise ModelError(f"there is no model file {path}: expected the project's ONNX file, or FILE.pt2")
+        quiet_torch()
+
+    def _load(self, path: Path) -> Model:
+        from backends._torch_model import build, load_exported
+
+        def load() -> Model:
+            if path.suffix == ".pt2":
+                module, spec = load_exported(path)
+            else:
+                spec, weights = read_onnx(path)
+                module = build(spec, weights)
+            return TorchModel(self, module.to(self.torch_device()), spec, path)
+
+        return self.owned(load)
+
+    def _square(self, matrix: FloatArray) -> FloatArray:
+        import torch
+
+        def square() -> FloatArray:
+            with torch.inference_mode():
+                x = torch.from_numpy(matrix).to(self.torch_device())
+                product: FloatArray = (x @ x).cpu().numpy()
+                return product
+
+        return self.owned(square)
+
+    def _ready_to_end(self, site: Site) -> Callable[[], object]:
+        import torch
+
+        if site is Site.RUNTIME_CRASH:
+            # The smallest integer over −1 has no quotient: on x86 torch's own kernel dies of SIGFPE.
+            a, b = (torch.tensor([number], dtype=torch.int32) for number in (-(2**31), -1))
+            return lambda: torch.div(a, b, rounding_mode="trunc")
+        # One number, seen 2 ** 60 times: the sum takes decades.
+        endless = torch.zeros(1).expand(1 << 60)
+        return lambda: endless.sum()
+
+    def _miss_library(self) -> None:
+        import torch
+
+        torch.ops.load_library(MISSING_LIBRARY)  # type: ignore[no-untyped-call]  # torch has no type for it

@@ -1,0 +1,252 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["torch>=2.13", "numpy>=2", "psutil>=7.2"]
+#
+# [tool.plimsoll]
+# backend = "torch-cpu"
+# environments = ["cpu"]
+# tags = ["cpu", "torch"]
+# download-mb = 200
+# ///
+"""Torch on the CPU: the device is a process that is capped by RLIMIT_DATA, the fallback a process that is not.
+
+What the device holds is what the process holds beyond what it held when it was warm (``VmData``): exact, and cheap to
+read. In a process that was not started to have the device, a backend is a handle: the device is in a subject's worker,
+or, until there is one, in a child of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from backends._device import heap_trim, one_device
+from backends._keeper import Keeper
+from backends._torch import TorchBackend, quiet_torch
+from backends.contract import YES, Allocation, Backend, BackendError, Capability, Device, MemoryReading, Model, no
+from backends.errors import ErrorKind, RuntimeFailure, classify
+from backends.faults import limits
+from backends.host import data_bytes, host_memory
+
+T = TypeVar("T")
+#: Blocks on the device are whole multiples of this: less is the process's own, and served from its reserve.
+_BLOCK_BYTES = 64 << 10
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_MMAP_THRESHOLD_BYTES = 128 << 10
+#: What a process whose device is full needs to answer: for objects of Python's own, and for small requests to malloc.
+_OBJECTS_BYTES = 8 << 20
+_HOLES, _HOLE_BYTES = 32, 60 << 10
+
+
+class TorchCpu(TorchBackend):
+    """A process's own memory as the device: real allocations, a real cap, torch's own errors."""
+
+    name = "torch-cpu"
+    #: Down to what a window's tensors are made of; smaller requests are the process's own.
+    fill_pieces_bytes = (16 << 20, 4 << 20, 1 << 20, 256 << 10)
+    capabilities = {
+        Capability.MEMORY_LIMIT: YES,
+        Capability.RELEASE_CACHED: no(
+            "torch keeps no freed memory on the CPU: it goes to the C library, and large blocks back to the system",
+            "https://docs.pytorch.org/docs/stable/notes/cuda.html#memory-management",
+        ),
+        Capability.EXACT_MEMORY_READING: YES,
+        Capability.CACHE_OOM: no(
+            "torch has no caching allocator on the CPU, so that nothing it keeps can be in the way",
+            "https://docs.pytorch.org/docs/stable/notes/cuda.html#memory-management",
+        ),
+        Capability.DEVICE_OOM: YES,
+        Capability.HOST_OOM: YES,
+        Capability.FALLBACK: YES,
+        Capability.DEVICE_ERROR: no(
+            "a host processor has no device errors: CUDA's error codes do not exist here",
+            "https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html",
+        ),
+        Capability.RUNTIME_CRASH: YES,
+        Capability.DEVICE_MEMORY_OF_OTHERS: no(
+            "the cap is this process's, and no other can take from it",
+            "https://man7.org/linux/man-pages/man2/getrlimit.2.html",
+        ),
+    }
+
+    def __init__(self, device: str | None = None, *, bounded: bool = True) -> None:
+        """Make the device (bounded once ``limit_memory`` was called), or with ``bounded=False`` the fallback."""
+        self._bounded = bounded
+        super().__init__(device)
+        #: Whether the device is this process, what it held when it was warm, and the cap that is set.
+        self._is_here = False
+        self._warm_bytes = 0
+        self._cap_bytes: int | None = None
+        self._keeper: Keeper | None = None
+
+    def _named(self, device: str | None) -> tuple[str, int]:
+        return one_device(self.name, "torch-cpu:process" if self._bounded else "torch-cpu", device)
+
+    def _variant(self) -> dict[str, Any]:
+        return {"bounded": self._bounded}
+
+    def fallback(self) -> Backend:
+        """Give the backend of a process without a cap; it shares the plans that are armed at the host's memory."""
+        backend = TorchCpu(bounded=False)
+        backend._board = self._board
+        return backend
+
+    # Where the device is.
+
+    def _has_the_device(self) -> None:
+        limits.require_expendable()
+        self._is_here = True
+        quiet_torch()
+
+    def _device_elsewhere(self) -> Device | None:
+        if self._elsewhere is not None or self._is_here:
+            return self._elsewhere
+        return self._kept()
+
+    def _kept(self) -> Keeper:
+        with self._lock:
+            if self._keeper is not None and not self._keeper.alive:
+                self._keeper.close()
+                self._keeper = None
+            if self._keeper is None:
+                self._keeper = Keeper(self.share())
+            return self._keeper
+
+    def _end_keeper(self) -> None:
+        with self._lock:
+            if self._keeper is not None:
+                self._keeper.close()
+                self._keeper = None
+
+    def hand_over(self, device: Device) -> None:
+        """Move what is held to where the device is now; a process of our own is not needed any more."""
+        super().hand_over(device)
+        if self._keeper is not None and not self._keeper.models:
+            self._end_keeper()
+
+    def memory(self) -> MemoryReading:
+        """Read what the device's process holds; while there is none, that is nothing."""
+        if self._elsewhere is None and not self._is_here and self._keeper is None:
+            total = host_memory().total_bytes
+            return MemoryReading(0, 0, self._limit_bytes, total, "process", True, "no process has the device now")
+        return super().memory()
+
+    def load(self, path: Path) -> Model:
+        """Load a model where the device is."""
+        return super().load(path) if self._is_here else self._kept().load(path)
+
+    def close(self) -> None:
+        """Disarm every fault, and end a process of our own."""
+        super().close()
+        self._end_keeper()
+
+    # The device, in the process that is it.
+
+    def _limit_here(self, limit_bytes: int) -> None:
+        if self._is_here:
+            super()._limit_here(limit_bytes)
+            return
+        # Each process that becomes the device proves it before anything is loaded there.
+        self._limit_bytes = limit_bytes
+        if self._keeper is not None:
+            self._keeper.ask("limit_memory", limit_bytes)
+
+    def _apply_limit(self, limit_bytes: int | None) -> None:
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+        self._cap_bytes = None
+        if limit_bytes is None:
+            return
+        if not self._warm_bytes:
+            _warm_up()
+            self._warm_bytes = data_bytes()
+        in_use_bytes = data_bytes() - self._warm_bytes
+        self._cap_bytes = limits.cap_host_memory(limit_bytes - in_use_bytes)
+
+    def _memory_here(self) -> MemoryReading:
+        used = max(0, data_bytes() - self._warm_bytes)
+        total = host_memory().total_bytes
+        source = "VmData beyond that of the warm process" if self._warm_bytes else "VmData of the process"
+        return MemoryReading(used, used, self._limit_bytes, total, "process", True, source)
+
+    def _allocate_here(self, size_bytes: int) -> Allocation:
+        block = super()._allocate_here(-(-size_bytes // _BLOCK_BYTES) * _BLOCK_BYTES)
+        block.size_bytes = size_bytes
+        return block
+
+    def _release_here(self) -> int:
+        before = data_bytes()
+        heap_trim()
+        return max(0, before - data_bytes())
+
+    def owned(self, act: Callable[[], T]) -> T:
+        """Say that the device is out of memory where it was the device's cap that refused: the text is the host's."""
+        try:
+            return act()
+        except Exception as error:
+            is_cap = resource.getrlimit(resource.RLIMIT_DATA)[0] == self._cap_bytes
+            if not is_cap or classify(error) is not ErrorKind.HOST_OOM:
+                raise
+            text = f"{type(error).__name__}: {error}"
+        # Out here: the error's frames hold the tensors that were made before it.
+        raise RuntimeFailure(ErrorKind.DEVICE_OOM, text)
+
+
+def _warm_up() -> None:
+    """Do what a process does once, so that what it holds from here on is the device's; keep a reserve for answers."""
+    try:
+        libc = ctypes.CDLL(None)
+        malloc, free, mallopt = libc.malloc, libc.free, libc.mallopt
+    except (OSError, AttributeError) as error:
+        raise BackendError(f"torch-cpu is capped on Linux with the GNU C library only ({error})") from error
+    malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    # Blocks of this size and more are mapped on their own, and so given back at once; the rest is in one heap. Without
+    # it glibc raises the threshold by itself, and a thread's heap is never given back (mallopt(3)).
+    mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+    mallopt(_M_TRIM_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+    mallopt(_M_ARENA_MAX, 1)
+    _compute_once()
+    gc.collect()
+    # One object in each of CPython's arenas keeps it, and the rest of it free.
+    objects = [bytes(450) for _ in range(_OBJECTS_BYTES >> 9)]
+    _reserve.extend({id(each) >> 20: each for each in objects}.values())
+    del objects
+    heap_trim()
+    # What is free in the heap already would be a device beyond the cap: it stays taken.
+    while True:
+        before = data_bytes()
+        block = malloc(_BLOCK_BYTES)
+        if data_bytes() > before:
+            free(block)
+            break
+    # Holes too small for a block of the device, with something between them that keeps them apart.
+    holes = [(malloc(_HOLE_BYTES), malloc(64)) for _ in range(_HOLES)]
+    for hole, _ in holes:
+        free(hole)
+    heap_trim()
+
+
+_reserve: list[bytes] = []
+
+
+def _compute_once() -> None:
+    """Run each kind of step that a speech model has: libraries are loaded, and kernels made, at the first of each."""
+    import torch
+    from torch.nn import functional
+
+    with torch.inference_mode():
+        x = functional.conv2d(torch.ones(1, 1, 16, 16), torch.ones(8, 1, 3, 3), torch.ones(8), padding=1)
+        x = functional.conv2d(functional.relu_(x), torch.ones(8, 8, 3, 3), torch.ones(8), stride=2, padding=1)
+        x = functional.layer_norm(x.transpose(1, 2).reshape(1, 8, 64) @ torch.ones(64, 64), (64,))
+        torch.softmax(x @ x.transpose(1, 2), -1).numpy()
+    # NumPy's library takes 32 MiB at its first product: the health probe has one.
+    np.ones((256, 256)) @ np.ones((256, 256))
+
+
+BACKEND = TorchCpu

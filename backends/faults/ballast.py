@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 from backends.contract import Allocation
 from backends.errors import classify
@@ -64,37 +65,22 @@ def free(held: list[Allocation]) -> None:
         held.pop().free()
 
 
-class HostBallast:
-    """Real host memory in a neighbour process. As a context manager it is gone on the way out."""
+class Neighbour:
+    """A process beside this one that holds memory. As a context manager it is gone on the way out."""
 
-    def __init__(self, size_bytes: int, limit_s: float, cgroup_processes: Path | None = None) -> None:
-        """Start the neighbour and wait until its memory is touched. Raises RuntimeError when it cannot hold it.
-
-        ``cgroup_processes`` is the file by which it enters a cgroup. There it takes 1 MiB a millisecond, and nobody
-        waits for it.
-        """
-        if size_bytes > spendable_bytes():
-            raise RuntimeError(
-                f"a ballast of {size_bytes} bytes was asked for, but no more than {spendable_bytes()} may be held: "
-                "the rest is left to the other programs of the machine"
-            )
-        self.size_bytes = size_bytes
+    def __init__(self, module: str, *arguments: str) -> None:
+        """Start a module's command and wait for its first line: ``said``, empty when it ended without one."""
         self._process = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "backends.faults.ballast", str(size_bytes), str(limit_s), str(os.getpid())),
-                *([] if cgroup_processes is None else [str(cgroup_processes)]),
-            ],
+            [sys.executable, "-m", module, *arguments],
             cwd=Path(__file__).parents[2],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
+            text=True,
             # Ctrl-C is its parent's to handle: it ends the neighbour itself.
             start_new_session=True,
         )
         assert self._process.stdout is not None
-        if self._process.stdout.readline() != b"held\n":
-            status = self._process.wait()
-            self._process.stdout.close()
-            raise RuntimeError(f"the ballast process could not hold {size_bytes} bytes (exit status {status})")
+        self.said = self._process.stdout.readline()
 
     @property
     def process_id(self) -> int:
@@ -108,13 +94,38 @@ class HostBallast:
         if self._process.stdout is not None:
             self._process.stdout.close()
 
-    def __enter__(self) -> HostBallast:
+    def __enter__(self) -> Self:
         """Nothing to do: the memory is held already."""
         return self
 
     def __exit__(self, *_: object) -> None:
         """End the neighbour."""
         self.close()
+
+
+class HostBallast(Neighbour):
+    """Real host memory in a neighbour process."""
+
+    def __init__(self, size_bytes: int, limit_s: float, cgroup_processes: Path | None = None) -> None:
+        """Start the neighbour and wait until its memory is touched. Raises RuntimeError when it cannot hold it.
+
+        ``cgroup_processes`` is the file by which it enters a cgroup. There it takes 1 MiB a millisecond, and nobody
+        waits for it.
+        """
+        if size_bytes > spendable_bytes():
+            raise RuntimeError(
+                f"a ballast of {size_bytes} bytes was asked for, but no more than {spendable_bytes()} may be held: "
+                "the rest is left to the other programs of the machine"
+            )
+        self.size_bytes = size_bytes
+        super().__init__(
+            *("backends.faults.ballast", str(size_bytes), str(limit_s), str(os.getpid())),
+            *([] if cgroup_processes is None else [str(cgroup_processes)]),
+        )
+        if self.said != "held\n":
+            status = self._process.wait()
+            self.close()
+            raise RuntimeError(f"the ballast process could not hold {size_bytes} bytes (exit status {status})")
 
 
 def main(argv: list[str]) -> int:

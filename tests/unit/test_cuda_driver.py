@@ -135,7 +135,9 @@ def test_an_error_is_classified_by_its_code(code: int, kind: ErrorKind) -> None:
 
 @without_driver
 def test_a_missing_driver_is_named_with_what_to_do() -> None:
-    with pytest.raises(NoDriver, match=r"NVIDIA driver.*(525 or newer|refuses: CUDA driver error: .*code \d+)"):
+    with pytest.raises(
+        NoDriver, match=r"NVIDIA driver.*(525 or newer for CUDA 12|refuses: CUDA driver error: .*code \d+)"
+    ):
         open_driver()
 
 

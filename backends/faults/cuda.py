@@ -310,7 +310,8 @@ def open_driver() -> Driver:
         library = ctypes.CDLL(_LIBRARY)
     except OSError as error:
         raise NoDriver(
-            f"no NVIDIA driver: {_LIBRARY} is not there ({error}): install one, 525 or newer for CUDA 12, 580 for CUDA 13"
+            f"no NVIDIA driver: {_LIBRARY} is not there ({error}): "
+            "install it, 525 or newer for CUDA 12, 580 or newer for CUDA 13"
         ) from None
     return Driver(library)
 

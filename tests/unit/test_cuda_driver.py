@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from ctypes import POINTER, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p
 from pathlib import Path
@@ -202,6 +203,10 @@ def test_device_faults_are_refused_while_a_process_of_mps_runs(guarded: Path, na
     shutil.copy(sleep, program)
     with subprocess.Popen([program, "30"]) as process:
         try:
+            # Its name is set a moment after its program has taken over.
+            deadline_s = time.monotonic() + 10.0
+            while Path(f"/proc/{process.pid}/comm").read_text().strip() != name[:15]:
+                assert time.monotonic() < deadline_s, "it has another name"
             with pytest.raises(BackendError, match=f"process {process.pid} is its daemon or server"):
                 cuda.require_device_faults_allowed(0)
         finally:

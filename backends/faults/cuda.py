@@ -248,9 +248,10 @@ class Driver:
             return DeviceMemory(size_bytes, undo.pop_all())
 
     def poison(self, device: int, kernel: str) -> DriverError:
-        """Run a kernel of ``KERNELS``, wait for it, and give the error that this brings.
+        """Run a kernel of ``KERNELS``, wait for it, and give the sticky error that this brings.
 
-        Unguarded: use ``trap``, ``device_assert`` and ``illegal_address``. Raises BackendError where no error came.
+        Unguarded: use ``trap``, ``device_assert`` and ``illegal_address``. Raises BackendError where no error came,
+        and DriverError for one that is not sticky.
         """
         from backends.contract import BackendError
 
@@ -260,11 +261,13 @@ class Driver:
         with self.context(device):
             self._call("cuModuleLoadData", byref(module), KERNELS[kernel].encode())
             self._call("cuModuleGetFunction", byref(function), module, kernel.encode())
-            self._call("cuLaunchKernel", function, 1, 1, 1, 1, 1, 1, 0, None, None, None)
             try:
+                self._call("cuLaunchKernel", function, 1, 1, 1, 1, 1, 1, 0, None, None, None)
                 self._call("cuCtxSynchronize")
             except DriverError as error:
-                return error
+                if error.kind is ErrorKind.DEVICE_STICKY:
+                    return error
+                raise
         raise BackendError(f"device {device} ran the kernel {kernel!r} and reported no error: no fault came about")
 
     def _handle(self, device: int) -> c_int:

@@ -30,10 +30,12 @@ def take(driver: Driver, device: int, free_bytes: int, held: list[DeviceMemory])
 
     Raises DriverError for anything but a device that is full.
     """
+    # No more than the device has: under WSL2 the driver may go on with the host's memory.
+    total_bytes = driver.total_bytes(device)
     for piece in _PIECES:
         # The smallest may take a little too much, so that never more than that is free; the others may not.
         spare = free_bytes + (piece if piece > _PIECES[-1] else 1)
-        while driver.free_bytes(device) >= spare:
+        while driver.free_bytes(device) >= spare and _size_bytes(held) + piece <= total_bytes:
             try:
                 held.append(driver.allocate(device, piece))
             except DriverError as error:
@@ -41,6 +43,11 @@ def take(driver: Driver, device: int, free_bytes: int, held: list[DeviceMemory])
                     raise
                 break
     return driver.free_bytes(device)
+
+
+def _size_bytes(held: list[DeviceMemory]) -> int:
+    """Add up what is held."""
+    return sum(piece.size_bytes for piece in held)
 
 
 class DeviceBallast(Neighbour):
@@ -80,7 +87,7 @@ def main(argv: list[str]) -> int:
         # Kept: otherwise each reading would make a context and take it down again.
         with driver.context(device):
             left = take(driver, device, free_bytes, held)
-            print(f"held {sum(piece.size_bytes for piece in held)} free {left}", flush=True)
+            print(f"held {_size_bytes(held)} free {left}", flush=True)
             # The parent may have ended before it could be watched.
             while os.getppid() == parent:
                 time.sleep(_REFILL_S)

@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import http.client
+import os
 import platform
+import re
 import sys
 import tempfile
+import textwrap
+import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +24,7 @@ import nox
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # nox loads this file by its path: its folder is not there yet
 
-from backends import Declared, declared  # noqa: E402  (needs the path above)
+from backends import Declared, Environment, declared  # noqa: E402  (needs the path above)
 from qualification import doctor as machine  # noqa: E402
 from qualification.platform_check import MINIMUM_PYTHON, python_refusal  # noqa: E402
 
@@ -36,10 +41,16 @@ PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 CONSTRAINTS = ROOT / "constraints"
 QUALIFICATION = ("tests/test_memory_protection.py", "tests/test_oom_recovery.py")
 BACKENDS = declared()
-ENVIRONMENTS = tuple(dict.fromkeys(environment for backend in BACKENDS for environment in backend.environments))
+ENVIRONMENTS = tuple(sorted({environment for backend in BACKENDS for environment in backend.environments}))
 #: What the sessions that need no cell install: pinned like an environment.
 DEVELOPMENT = "dev"
 SELECT_QUICK = "not slow"
+#: What the sessions over an environment ask of its cells, by the session of the cell. They come before it: it is queued
+#: by them. Quick and full tests share a cell's virtual environment in this way, and so do not install it twice.
+PLANNED: dict[str, list[tuple[bool, list[str]]]] = {}
+FINISHED: set[str] = set()
+#: What PyTorch's CUDA build requires, and its CPU build does not.
+ONLY_CUDA = ("cuda-", "nvidia-", "triton")
 #: Options whose value may be a path, and is no selection of tests.
 VALUED = ("--audio", "--backend", "--criteria", "--model", "--results", "--subject", "-c", "-k", "-m", "-o", "-p")
 CELL_GROUPS = ("qualification", "optional")
@@ -56,9 +67,18 @@ def backends_of(environment: str) -> list[Declared]:
     return [backend for backend in BACKENDS if environment in backend.environments]
 
 
-def install(
-    session: nox.Session, environment: str, requirements: Sequence[str], download_mb: int | None = None
-) -> None:
+def without_accelerator(environment: str) -> list[Environment]:
+    """Give what the backends that need no accelerator need in an environment, or for development in all of them."""
+    needs = [needs for backend in BACKENDS for needs in backend.needs.values() if needs.cuda is None]
+    return needs if environment == DEVELOPMENT else [each for each in needs if each.name == environment]
+
+
+def package(requirement: str) -> str:
+    """Give the name of the package that a requirement is for."""
+    return re.split(r"[^A-Za-z0-9._-]", requirement)[0]
+
+
+def install(session: nox.Session, environment: str, requirements: Sequence[str], needs: Sequence[Environment]) -> None:
     """Install at the environment's pins, or do nothing while pins, requirements and Python are what they were."""
     pins = CONSTRAINTS / f"{environment}.txt"
     if not pins.is_file():
@@ -66,23 +86,65 @@ def install(
     if session.venv_backend == "none":
         session.log("nothing is installed: --no-venv takes what is there")
         return
-    wanted = "\n".join([sys.base_prefix, platform.python_version(), *requirements, pins.read_text(encoding="utf-8")])
-    digest = hashlib.sha256(wanted.encode()).hexdigest()
+    text = pins.read_text(encoding="utf-8")
+    digest = hashlib.sha256("\n".join([sys.base_prefix, platform.python_version(), *requirements, text]).encode())
     folder = Path(session.virtualenv.location)
-    stamp = folder / "installed-pins"
+    stamp = folder / machine.STAMP
     installed = stamp.read_text(encoding="utf-8") if stamp.is_file() else None
-    if installed == digest:
+    if installed == digest.hexdigest():
         session.log(f"environment {environment}: its pins are unchanged, nothing to install")
         return
     if installed is not None:
         # Made anew, not updated: what the old pins brought along would hide a requirement that is missing.
         session.run_install(sys.executable, "-m", "virtualenv", "--clear", str(folder), external=True, silent=True)
-    size = "" if download_mb is None else f", about {download_mb} MB to download unless pip has them cached"
-    session.log(f"environment {environment}: installing {len(requirements)} requirements{size}")
+    size = sum(each.download_mb for each in needs)
+    session.log(
+        f"environment {environment}: installing {len(requirements)} requirements, "
+        f"about {size} MB to download unless pip has them cached"
+    )
+    for each in needs:
+        for requirement in each.own:
+            if each.package_index is not None and requirement in requirements:
+                install_build(session, package(requirement), each, pins)
     session.install("-c", str(pins), *requirements)
     # As an installation step, so that `nox --no-install` does not claim what it did not do.
     write = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"
-    session.run_install("python", "-c", write, str(stamp), digest, log=False, silent=True)
+    session.run_install("python", "-c", write, str(stamp), digest.hexdigest(), log=False, silent=True)
+
+
+def install_build(session: nox.Session, name: str, needs: Environment, pins: Path) -> None:
+    """Install the build of a package that a header asks for, such as torch 2.13.0+cpu, and never another.
+
+    The default index has a build of the same version for CUDA, of gigabytes. It does not carry the label, so asking by
+    the whole version cannot end there. The build comes alone: what it requires follows from the default index, pinned.
+    """
+    variable = f"PLIMSOLL_{name.upper().replace('-', '_')}_INDEX"
+    found = re.findall(rf"(?m)^{re.escape(name)}==([^\s;]+)$", pins.read_text(encoding="utf-8"))
+    if len(found) != 1:
+        session.error(f"constraints/{pins.name} has {len(found)} pins for {name}, expected one: nox -s lock")
+    build = f"{name}=={found[0]}+{needs.build}"
+    index = os.environ.get(variable)
+    if index is None and (reason := unreachable(f"{needs.package_index}/{name}/")):
+        session.warn(f"{needs.package_index} cannot be reached ({reason}): looking where pip is configured to look")
+    elif index is None:
+        index = needs.package_index
+    try:
+        session.install("--no-deps", *(("--index-url", index) if index else ()), build)
+    except nox.command.CommandFailed:
+        where = index or "where pip is configured to look"
+        session.error(
+            f"there is no {build} for this Python at {where}. Set {variable} to an index that has it "
+            f"(PyTorch's naming; the header's is {needs.package_index}), or to nothing for pip's configuration alone"
+        )
+
+
+def unreachable(url: str) -> str | None:
+    """Say why a page cannot be had within seconds, or None where it can: pip alone would try for a minute."""
+    try:
+        urllib.request.urlopen(url, timeout=3).close()
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        return str(error)
+    return None
 
 
 def selects_tests(arguments: Sequence[str]) -> bool:
@@ -95,63 +157,95 @@ def selects_tests(arguments: Sequence[str]) -> bool:
     )
 
 
-def split_marks(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Take ``-m EXPRESSION`` out of arguments for pytest: a second one would take the place of ours."""
-    expression, rest = "", []
+def take_option(arguments: Sequence[str], option: str) -> tuple[str, list[str]]:
+    """Take an option and its value out of arguments for pytest; of two the last counts, as it does for pytest."""
+    value, rest = "", []
     left = iter(arguments)
     for argument in left:
-        if argument == "-m":
-            expression = next(left, "")
-        elif argument.startswith("-m"):
-            expression = argument[2:].removeprefix("=")
+        if argument == option:
+            value = next(left, "")
+        elif argument.startswith(f"{option}=") or (len(option) == 2 and argument.startswith(option)):
+            value = argument.removeprefix(option).removeprefix("=")
         else:
             rest.append(argument)
-    return expression, rest
+    return value, rest
 
 
-def run_cells(session: nox.Session, environment: str, *selection: str) -> None:
-    """Qualify each backend of an environment in turn; one that fails does not keep the next from being judged."""
-    found = [cell for cell in machine.cells() if cell.environment == environment]
-    able = [cell.backend for cell in found if cell.obstacle is None]
-    for cell in found:
+def plan(session: nox.Session, found: Sequence[machine.Cell], quick: bool) -> None:
+    """Queue the cells that can run here, or the one of ``--backend``, and say why the others are not run."""
+    asked, arguments = take_option(session.posargs, "--backend")
+    chosen = [cell for cell in found if asked in ("", cell.backend.name)]
+    if not chosen:
+        names = sorted({cell.backend.name for cell in found})
+        near = " or ".join(difflib.get_close_matches(asked, names, cutoff=0.4)) or ", ".join(names)
+        session.error(f"{session.name} has no backend {asked!r}: expected {near}")
+    for cell in chosen:
+        name = machine.session(cell.backend.name, cell.environment)
         if cell.obstacle:
-            session.warn(f"not run: {cell.backend.name} in {environment}: {cell.obstacle}")
-    if not able:
-        session.error(f"{session.name} cannot run here: {found[0].obstacle}")
+            session.warn(f"not run: {cell.backend.name} in {cell.environment}: {cell.obstacle}")
+        elif name in FINISHED:
+            session.error(
+                f"{name} has run already, and a session runs once: name it after {session.name}, or not at all"
+            )
+        elif (quick, arguments) not in PLANNED.setdefault(name, []):
+            PLANNED[name].append((quick, arguments))
+            session.notify(name)
+    if all(cell.obstacle for cell in chosen):
+        reasons = "; ".join(dict.fromkeys(str(cell.obstacle) for cell in chosen))
+        session.error(f"{session.name} cannot run here: {reasons}")
 
-    requirements = [requirement for backend in able for requirement in backend.dependencies]
-    requirements = sorted({*requirements, *groups(*CELL_GROUPS)})
-    install(session, environment, requirements, sum(backend.download_mb for backend in able))
 
-    chosen = any(argument.split("=")[0] == "--backend" for argument in session.posargs)
-    files = () if selects_tests(session.posargs) else QUALIFICATION
-    rest = session.posargs
-    if selection:
-        expression, rest = split_marks(rest)
-        selection = ("-m", f"({expression}) and {SELECT_QUICK}") if expression else selection
-    failed = []
-    for options in [[]] if chosen else [["--backend", backend.name] for backend in able]:
+def run_cell(session: nox.Session, backend: Declared, environment: str) -> None:
+    """Qualify one cell as planned, or with the quick tests where it is run by its own name."""
+    FINISHED.add(session.name)
+    cell = machine.look(backend, environment)
+    if cell.obstacle:
+        session.error(f"{session.name} cannot run here: {cell.obstacle}")
+    install(session, environment, sorted({*cell.needs.dependencies, *groups(*CELL_GROUPS)}), [cell.needs])
+
+    failed = False
+    for quick, arguments in PLANNED.get(session.name) or [(True, session.posargs)]:
+        files = () if selects_tests(arguments) else QUALIFICATION
+        marks, rest = take_option(arguments, "-m")
+        if quick:
+            marks = f"({marks}) and {SELECT_QUICK}" if marks else SELECT_QUICK
         try:
             session.run(
-                *("python", "-m", "pytest", "-c", "pytest_memory.ini", *files, "-v", *selection, *options),
-                *rest,
+                *("python", "-m", "pytest", "-c", "pytest_memory.ini", *files, "-v"),
+                *(("-m", marks) if marks else ()),
+                *(*rest, "--backend", backend.name),
                 env={"PLIMSOLL_ENVIRONMENT": environment},
             )
         except nox.command.CommandFailed:
-            failed.append(options[-1] if options else "the backend asked for")
+            failed = True
     if failed:
-        session.error(f"not qualified in {environment}: {', '.join(failed)}")
+        session.error(f"not qualified: {backend.name} in {environment}")
 
 
-def add_cell_session(kind: str, environment: str, doc: str, *selection: str) -> None:
+def add_environment(environment: str, quick: bool) -> None:
     """Define one session over an environment's backends."""
 
     def run(session: nox.Session) -> None:
-        run_cells(session, environment, *selection)
+        plan(session, [cell for cell in machine.cells() if cell.environment == environment], quick)
 
-    run.__doc__ = f"{doc} Backends: {', '.join(backend.name for backend in backends_of(environment))}."
-    tags = dict.fromkeys([kind, environment, *(tag for backend in backends_of(environment) for tag in backend.tags)])
-    nox.session(name=f"{kind}-{environment}", reuse_venv=True, tags=list(tags))(run)
+    kind = "memory-quick" if quick else "memory-soak"
+    tests = "quick tests only" if quick else "the one-hour tests included"
+    names = ", ".join(backend.name for backend in backends_of(environment))
+    run.__doc__ = f"Qualify the {environment} environment, {tests}. Backends: {names}."
+    nox.session(name=f"{kind}-{environment}", python=False, tags=[kind, environment])(run)
+
+
+def add_cell(backend: Declared, environment: str) -> None:
+    """Define the session of one cell, with a virtual environment of its own."""
+
+    def run(session: nox.Session) -> None:
+        run_cell(session, backend, environment)
+
+    run.__doc__ = (
+        f"One cell, {backend.name} in {environment}: asked for by name, its quick tests."
+    )
+    name = machine.session(backend.name, environment)
+    nox.session(name=name, reuse_venv=True, tags=["cells", *backend.tags])(run)
 
 
 @nox.session(name="memory-quick", python=False, tags=["memory"])
@@ -159,16 +253,15 @@ def memory_quick(session: nox.Session) -> None:
     """Qualify every cell that this machine can host, quick tests only. Arguments after -- go to pytest."""
     found = machine.cells()
     print(machine.table(found), flush=True)
-    runnable = dict.fromkeys(cell.environment for cell in found if cell.obstacle is None)
-    if not runnable:
-        session.error("no cell can run on this machine: the reasons are above")
-    for environment in runnable:
-        session.notify(f"memory-quick-{environment}", posargs=session.posargs)
+    plan(session, found, quick=True)
 
 
 for name in ENVIRONMENTS:
-    add_cell_session("memory-quick", name, f"Qualify the {name} environment, quick tests only.", "-m", SELECT_QUICK)
-    add_cell_session("memory-soak", name, f"Qualify the {name} environment, the one-hour tests included.")
+    add_environment(name, quick=True)
+    add_environment(name, quick=False)
+for name in ENVIRONMENTS:
+    for each in backends_of(name):
+        add_cell(each, name)
 
 
 @nox.session(python=False, tags=["checks"])
@@ -180,7 +273,7 @@ def doctor(session: nox.Session) -> None:
 @nox.session(reuse_venv=True, tags=["checks"])
 def tests(session: nox.Session) -> None:
     """Test the backends, the protection and the qualification itself. Arguments after -- go to pytest."""
-    install(session, DEVELOPMENT, groups("tests"))
+    install(session, DEVELOPMENT, groups("tests"), without_accelerator(DEVELOPMENT))
     folders = () if selects_tests(session.posargs) else ("tests/unit", "tests/meta")
     session.run("python", "-m", "pytest", "-c", "pytest_memory.ini", *folders, *session.posargs)
 
@@ -188,7 +281,7 @@ def tests(session: nox.Session) -> None:
 @nox.session(reuse_venv=True, tags=["checks"])
 def lint(session: nox.Session) -> None:
     """Check style, formatting and types."""
-    install(session, DEVELOPMENT, groups(*DEVELOPMENT_GROUPS))
+    install(session, DEVELOPMENT, groups(*DEVELOPMENT_GROUPS), without_accelerator(DEVELOPMENT))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     folders = ("backends", "protection", "qualification", "tests", "benchmarks")
@@ -198,7 +291,7 @@ def lint(session: nox.Session) -> None:
 @nox.session(reuse_venv=True, tags=["bench"])
 def bench(session: nox.Session) -> None:
     """Measure what the worker process and the protection cost. Arguments after -- go to benchmarks.engine_cost."""
-    install(session, DEVELOPMENT, groups("tests"))
+    install(session, DEVELOPMENT, groups("tests"), without_accelerator(DEVELOPMENT))
     session.run("python", "-m", "benchmarks.engine_cost", *session.posargs)
 
 
@@ -208,18 +301,52 @@ def generated(body: str) -> str:
     return f"# Generated by `nox -s lock`: do not edit. sha256 of the rest: {digest}\n{body}"
 
 
-def resolve(session: nox.Session, sources: Sequence[str], prefer: str) -> str:
-    """Resolve for every supported Python, keeping the versions of ``prefer`` where they still fit."""
+def resolve(session: nox.Session, environment: str, prefer: str) -> str:
+    """Resolve for every supported Python, keeping the versions of ``prefer`` where they still fit.
+
+    From metadata alone: no wheel is downloaded.
+    """
+    backends = backends_of(environment)
     with tempfile.TemporaryDirectory() as folder:
         pins = Path(folder) / "pins.txt"
         pins.write_text(prefer, encoding="utf-8")
+        sources = {
+            backend.module.replace(".", "/") + ".py": Path(folder) / f"{backend.name}.in" for backend in backends
+        }
+        for backend, source in zip(backends, sources.values(), strict=True):
+            source.write_text("\n".join(backend.needs[environment].dependencies), encoding="utf-8")
         oldest = ".".join(map(str, MINIMUM_PYTHON))
+        chosen = DEVELOPMENT_GROUPS if environment == DEVELOPMENT else CELL_GROUPS
         session.run(
-            *("uv", "pip", "compile", *sources, "--universal", "--python-version", oldest, "--no-header", "--quiet"),
+            *("uv", "pip", "compile", *map(str, sources.values()), *(f"--group={group}" for group in chosen)),
+            *("--universal", "--python-version", oldest, "--no-header", "--quiet"),
             *("--no-emit-index-url", "--no-emit-find-links", "--output-file", str(pins)),
             silent=True,
         )
-        return generated(pins.read_text(encoding="utf-8"))
+        text = pins.read_text(encoding="utf-8")
+        for header, source in sources.items():
+            text = text.replace(f"-r {source}", header)
+    return generated(with_reasons(text, environment))
+
+
+def with_reasons(text: str, environment: str) -> str:
+    """Say beside a pin why it is one, and leave out what the builds that are installed do not require.
+
+    The index that pins are resolved from knows PyTorch's CUDA build alone. Of that, the CPU build requires less.
+    """
+    light = without_accelerator(environment)
+    needs = light or [backend.needs[environment] for backend in backends_of(environment)]
+    reasons = {package(requirement): each.reason for each in needs for requirement in each.own if each.reason}
+    kept = []
+    for entry in re.split(r"(?m)^(?=\S)", text):
+        if light and entry.startswith(ONLY_CUDA):
+            continue
+        pin, _, rest = entry.partition("\n")
+        if reason := reasons.get(package(pin)):
+            lines = textwrap.wrap(f"why: {reason}", 110, break_long_words=False, break_on_hyphens=False)
+            pin = "\n    # ".join([pin, *lines])
+        kept.append(f"{pin}\n{rest}" if pin else rest)
+    return "".join(kept)
 
 
 @nox.session(reuse_venv=True, tags=["pins"])
@@ -228,16 +355,12 @@ def lock(session: nox.Session) -> None:
     if unknown := set(session.posargs) - {"--check", "--upgrade"}:
         session.error(f"unknown argument {', '.join(sorted(unknown))}: expected --check or --upgrade")
     check, upgrade = "--check" in session.posargs, "--upgrade" in session.posargs
-    headers = {name: [f"{b.module.replace('.', '/')}.py" for b in backends_of(name)] for name in ENVIRONMENTS}
-    sources = {name: [*files, *(f"--group={group}" for group in CELL_GROUPS)] for name, files in headers.items()}
-    sources[DEVELOPMENT] = [f"--group={group}" for group in DEVELOPMENT_GROUPS]
-
     session.install(*groups("lock"))
     stale = []
-    for name, arguments in sources.items():
+    for name in (*ENVIRONMENTS, DEVELOPMENT):
         pins = CONSTRAINTS / f"{name}.txt"
         before = pins.read_text(encoding="utf-8") if pins.is_file() else ""
-        after = resolve(session, arguments, prefer="" if upgrade else before)
+        after = resolve(session, name, prefer="" if upgrade else before)
         if not check:
             CONSTRAINTS.mkdir(exist_ok=True)
             pins.write_text(after, encoding="utf-8")

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 FOLDER = Path(__file__).resolve().parent
 #: The pattern of PEP 723, narrowed to the one kind of block that is read here.
 _SCRIPT_BLOCK = re.compile(r"(?m)^# /// script$\s(?P<content>(^#(| .*)$\s)+)^# ///$")
-_KEYS = ("backend", "environments", "tags", "download-mb", "package-index")
+_KEYS = ("backend", "tags", "environments")
+_ENVIRONMENT_KEYS = ("dependencies", "download-mb", "disk-mb", "cuda", "package-index", "build", "reason")
 
 
 class BadHeader(ValueError):
@@ -37,17 +38,41 @@ class UnknownBackend(ValueError):
 
 
 @dataclass(frozen=True)
+class Environment:
+    """What a backend installs in one environment, and what it needs of the machine there.
+
+    ``dependencies`` is everything: what the backend needs everywhere, and ``own``, what it needs here. ``download_mb``
+    and ``disk_mb`` are what that takes, tests included, once downloaded and once installed. ``cuda`` is the major
+    version of CUDA that the driver must support; None: no accelerator is needed. ``package_index`` is where the builds
+    of ``own`` are whose local version is ``build``, such as 2.13.0+cpu; None: any build, from the default index.
+    ``reason`` says why these versions.
+    """
+
+    name: str
+    dependencies: tuple[str, ...]
+    own: tuple[str, ...]
+    download_mb: int
+    disk_mb: int
+    cuda: int | None = None
+    package_index: str | None = None
+    build: str | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
 class Declared:
-    """One backend, as its header declares it. ``package_index`` is where its wheels are, None for the default."""
+    """One backend, as its header declares it: what it needs, in each environment."""
 
     name: str
     module: str
-    environments: tuple[str, ...]
     tags: tuple[str, ...]
-    dependencies: tuple[str, ...]
     requires_python: str
-    download_mb: int
-    package_index: str | None = None
+    needs: Mapping[str, Environment]
+
+    @property
+    def environments(self) -> tuple[str, ...]:
+        """The names of the environments that it is qualified in."""
+        return tuple(self.needs)
 
     @property
     def minimum_python(self) -> tuple[int, ...]:
@@ -105,19 +130,19 @@ def _read(path: Path) -> Declared | None:
 
 def _declared(path: Path, header: dict[str, Any], table: dict[str, Any]) -> Declared:
     """Check a header and give it a type."""
-    for key in table:
-        if key not in _KEYS:
-            near = " or ".join(difflib.get_close_matches(key, _KEYS, n=1)) or ", ".join(_KEYS)
-            raise BadHeader(f"{path.name}: unknown key {key!r} in [tool.plimsoll]: expected {near}")
+    _known(path, table, "[tool.plimsoll]", _KEYS)
+    everywhere = _strings(path, header, "dependencies")
+    tables = _value(path, table, "environments", dict, "tables such as [tool.plimsoll.environments.cpu]")
+    if not tables:
+        raise BadHeader(
+            f"{path.name}: no environment is declared: expected [tool.plimsoll.environments.cpu] or another"
+        )
     found = Declared(
         name=_value(path, table, "backend", str),
         module=f"backends.{path.stem}",
-        environments=_strings(path, table, "environments"),
         tags=_strings(path, table, "tags"),
-        dependencies=_strings(path, header, "dependencies"),
         requires_python=_value(path, header, "requires-python", str),
-        download_mb=_value(path, table, "download-mb", int),
-        package_index=_value(path, table, "package-index", str) if "package-index" in table else None,
+        needs={name: _environment(path, name, needs, everywhere) for name, needs in tables.items()},
     )
     if found.name.replace("-", "_") != path.stem:
         raise BadHeader(f"{path.name}: it declares backend {found.name!r}: expected {path.stem.replace('_', '-')!r}")
@@ -126,10 +151,48 @@ def _declared(path: Path, header: dict[str, Any], table: dict[str, Any]) -> Decl
     return found
 
 
-def _value(path: Path, table: dict[str, Any], key: str, kind: type) -> Any:
+def _environment(path: Path, name: str, table: Any, everywhere: tuple[str, ...]) -> Environment:
+    """Check what a backend needs in one environment, and give it a type."""
+    where = f"[tool.plimsoll.environments.{name}]"
+    if not isinstance(table, dict):
+        raise BadHeader(f"{path.name}: {where} is {table!r}: expected a table")
+    # It becomes the name of sessions, folders and a file of pins.
+    if not re.fullmatch(r"[a-z][a-z0-9]*", name) or name == "dev":
+        raise BadHeader(f"{path.name}: {name!r} cannot name an environment: expected such as 'cuda12', and not 'dev'")
+    _known(path, table, where, _ENVIRONMENT_KEYS)
+
+    def optional(key: str, kind: type) -> Any:
+        return _value(path, table, key, kind) if key in table else None
+
+    own = _strings(path, table, "dependencies") if "dependencies" in table else ()
+    found = Environment(
+        name=name,
+        dependencies=everywhere + own,
+        own=own,
+        download_mb=_value(path, table, "download-mb", int),
+        disk_mb=_value(path, table, "disk-mb", int),
+        cuda=optional("cuda", int),
+        package_index=optional("package-index", str),
+        build=optional("build", str),
+        reason=optional("reason", str),
+    )
+    if (found.package_index is None) != (found.build is None) or (found.build and not own):
+        raise BadHeader(f"{path.name}: {where}: package-index, build and dependencies belong together: one is missing")
+    return found
+
+
+def _known(path: Path, table: dict[str, Any], where: str, keys: tuple[str, ...]) -> None:
+    """Refuse a key that means nothing here."""
+    for key in table:
+        if key not in keys:
+            near = " or ".join(difflib.get_close_matches(key, keys, n=1)) or ", ".join(keys)
+            raise BadHeader(f"{path.name}: unknown key {key!r} in {where}: expected {near}")
+
+
+def _value(path: Path, table: dict[str, Any], key: str, kind: type, expected: str | None = None) -> Any:
     """Take a required value of this type."""
     if not isinstance(value := table.get(key), kind):
-        raise BadHeader(f"{path.name}: {key} is {value!r}: expected {kind.__name__}")
+        raise BadHeader(f"{path.name}: {key} is {value!r}: expected {expected or kind.__name__}")
     return value
 
 

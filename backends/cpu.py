@@ -4,9 +4,11 @@
 #
 # [tool.plimsoll]
 # backend = "cpu"
-# environments = ["cpu"]
-# tags = ["cpu"]
-# download-mb = 45
+# tags = ["onnxruntime"]
+#
+# [tool.plimsoll.environments.cpu]
+# download-mb = 47
+# disk-mb = 170
 # ///
 """ONNX Runtime on the CPU: the device is a bounded arena, the fallback an unbounded session."""
 

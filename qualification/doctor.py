@@ -18,6 +18,7 @@ import backends
 import qualification
 from qualification.platform_check import (
     MINIMUM_FREE_DISK_BYTES,
+    cuda_refusal,
     disk_refusal,
     gib,
     glibc_version,
@@ -28,6 +29,11 @@ from qualification.platform_check import (
 ROOT = Path(__file__).resolve().parents[1]
 #: 500 MB held under load, the runtime and the tests around it, and 1 GiB that is left to the rest of the machine.
 MEMORY_NEEDED_BYTES = 2 * 1024**3
+#: What CUDA's libraries take on the host besides, in the few processes that load them at a time. An estimate.
+CUDA_MEMORY_NEEDED_BYTES = 2 * 1024**3
+MB = 10**6
+#: The file in a cell's virtual environment that says what is installed there.
+STAMP = "installed-pins"
 #: What a user should plan for, environment already installed.
 QUICK_MIN = 7
 SOAK_MIN = 100
@@ -38,29 +44,52 @@ class Cell:
     """A backend in an environment, and what stands in its way on this machine (None: it can run)."""
 
     backend: backends.Declared
-    environment: str
+    needs: backends.Environment
+    memory_bytes: int
+    disk_bytes: int
     obstacle: str | None
+
+    @property
+    def environment(self) -> str:
+        """The name of its environment."""
+        return self.needs.name
+
+
+def session(backend: str, environment: str) -> str:
+    """Name the nox session that runs this cell. Its virtual environment is the folder of that name in .nox."""
+    return f"cell-{environment}-{backend}"
 
 
 def cells(root: Path = ROOT) -> tuple[Cell, ...]:
-    """Look at every declared cell."""
+    """Look at every declared cell, environment by environment."""
+    declared = backends.declared(root / "backends")
+    environments = sorted({environment for backend in declared for environment in backend.environments})
     return tuple(
-        Cell(backend, environment, obstacle(backend, environment, root))
-        for backend in backends.declared(root / "backends")
-        for environment in backend.environments
+        look(backend, environment, root)
+        for environment in environments
+        for backend in declared
+        if environment in backend.environments
     )
 
 
-def obstacle(backend: backends.Declared, environment: str, root: Path = ROOT) -> str | None:
-    """Say why this cell cannot run here, or None where it can."""
+def look(backend: backends.Declared, environment: str, root: Path = ROOT) -> Cell:
+    """Look at one cell: what it needs, and whether this machine has that."""
+    needs = backend.needs[environment]
+    memory_bytes = MEMORY_NEEDED_BYTES + (CUDA_MEMORY_NEEDED_BYTES if needs.cuda else 0)
+    disk_bytes = MINIMUM_FREE_DISK_BYTES
+    if not (root / ".nox" / session(backend.name, environment) / STAMP).is_file():
+        # A download is on the disk twice while it is installed: in pip's cache, and where pip unpacks it from.
+        disk_bytes += (2 * needs.download_mb + needs.disk_mb) * MB
     pins = root / "constraints" / f"{environment}.txt"
-    return (
+    obstacle = (
         refusal()
         or python_refusal(backend.minimum_python)
+        or (None if needs.cuda is None else cuda_refusal(needs.cuda))
         or (None if pins.is_file() else f"constraints/{pins.name} is missing: nox -s lock makes it")
-        or disk_refusal(root)
-        or _memory_refusal()
+        or disk_refusal(root, disk_bytes)
+        or _memory_refusal(memory_bytes)
     )
+    return Cell(backend, needs, memory_bytes, disk_bytes, obstacle)
 
 
 def table(found: tuple[Cell, ...]) -> str:
@@ -71,9 +100,9 @@ def table(found: tuple[Cell, ...]) -> str:
             cell.backend.name,
             cell.environment,
             "no" if cell.obstacle else "yes",
-            f"{cell.backend.download_mb} MB once",
-            gib(MEMORY_NEEDED_BYTES),
-            gib(MINIMUM_FREE_DISK_BYTES),
+            f"{cell.needs.download_mb} MB once",
+            gib(cell.memory_bytes),
+            gib(cell.disk_bytes),
             f"{QUICK_MIN} min",
             f"{SOAK_MIN} min",
         )
@@ -125,12 +154,12 @@ def main() -> int:
     return 0
 
 
-def _memory_refusal() -> str | None:
+def _memory_refusal(needed_bytes: int) -> str | None:
     """Say why there is too little memory, or None where there is enough."""
     free_bytes = available_memory_bytes()
-    if free_bytes >= MEMORY_NEEDED_BYTES:
+    if free_bytes >= needed_bytes:
         return None
-    return f"{gib(MEMORY_NEEDED_BYTES)} of available memory is needed; there is {gib(free_bytes)}"
+    return f"{gib(needed_bytes)} of available memory is needed; there is {gib(free_bytes)}"
 
 
 def _cgroup_free_bytes(folder: Path, limit_name: str, used_name: str, cache_name: str) -> int:

@@ -5,6 +5,7 @@ It loads on a Python older than the oldest supported one, since it has to in ord
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -20,6 +21,9 @@ MINIMUM_PYTHON = (3, 11)
 MINIMUM_GLIBC = (2, 28)
 #: Below this much free disk nothing is started: spools, records and environments are written.
 MINIMUM_FREE_DISK_BYTES = 2 * 1024**3
+#: The first NVIDIA driver for each major version of CUDA, which serves all its minor versions. Source: "CUDA
+#: Compatibility", https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html.
+MINIMUM_NVIDIA_DRIVER = {12: 525, 13: 580}
 
 
 def refusal() -> str | None:
@@ -56,6 +60,37 @@ def glibc_version() -> str | None:
     except (ValueError, OSError):
         return None
     return version if name == "glibc" else None
+
+
+def cuda_refusal(major: int) -> str | None:
+    """Say why nothing that was built for this major version of CUDA can run here, or None where it can."""
+    driver = nvidia_driver()
+    if isinstance(driver, str):
+        return driver
+    if driver >= (major, 0):
+        return None
+    first = MINIMUM_NVIDIA_DRIVER.get(major)
+    newer = f"driver {first} or newer" if first else "a newer driver"
+    return f"CUDA {major} needs {newer}; this NVIDIA driver supports CUDA up to {driver[0]}.{driver[1]}"
+
+
+def nvidia_driver(library: str = "libcuda.so.1") -> tuple[int, int] | str:
+    """Read the newest CUDA that the NVIDIA driver supports, such as (13, 0), or say why it offers no device.
+
+    The driver itself is asked, not a runtime: none is installed yet.
+    """
+    try:
+        driver = ctypes.CDLL(library)
+    except OSError:
+        return f"no NVIDIA driver: {library} cannot be loaded"
+    version, devices = ctypes.c_int(), ctypes.c_int()
+    asked = {"cuInit": 0, "cuDriverGetVersion": ctypes.byref(version), "cuDeviceGetCount": ctypes.byref(devices)}
+    for call, argument in asked.items():
+        if code := driver[call](argument):
+            return f"the NVIDIA driver offers no device: {call} answers {code}"
+    if devices.value == 0:
+        return "the NVIDIA driver offers no device: it counts 0"
+    return version.value // 1000, version.value % 1000 // 10
 
 
 def disk_refusal(folder: Path, minimum_bytes: int = MINIMUM_FREE_DISK_BYTES) -> str | None:

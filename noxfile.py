@@ -131,10 +131,10 @@ def install_build(session: nox.Session, name: str, needs: Environment, pins: Pat
     try:
         session.install("--no-deps", *(("--index-url", index) if index else ()), build)
     except nox.command.CommandFailed:
-        where = index or "where pip is configured to look"
+        where = f"at {index}" if index else "where pip is configured to look"
         session.error(
-            f"there is no {build} for this Python at {where}. Set {variable} to an index that has it "
-            f"(PyTorch's naming; the header's is {needs.package_index}), or to nothing for pip's configuration alone"
+            f"there is no {build} for this Python {where}. Set {variable} to an index that has it "
+            f"(the header's is {needs.package_index}), or to nothing for pip's configuration alone"
         )
 
 
@@ -189,6 +189,7 @@ def plan(session: nox.Session, found: Sequence[machine.Cell], quick: bool) -> No
             )
         elif (quick, arguments) not in PLANNED.setdefault(name, []):
             PLANNED[name].append((quick, arguments))
+            session.log(f"queued: {name}")
             session.notify(name)
     if all(cell.obstacle for cell in chosen):
         reasons = "; ".join(dict.fromkeys(str(cell.obstacle) for cell in chosen))
@@ -198,13 +199,16 @@ def plan(session: nox.Session, found: Sequence[machine.Cell], quick: bool) -> No
 def run_cell(session: nox.Session, backend: Declared, environment: str) -> None:
     """Qualify one cell as planned, or with the quick tests where it is run by its own name."""
     FINISHED.add(session.name)
+    asked, own = take_option(session.posargs, "--backend")
+    if asked not in ("", backend.name):
+        session.error(f"{session.name} is about {backend.name}: expected that, or nothing, for --backend, not {asked}")
     cell = machine.look(backend, environment)
     if cell.obstacle:
         session.error(f"{session.name} cannot run here: {cell.obstacle}")
     install(session, environment, sorted({*cell.needs.dependencies, *groups(*CELL_GROUPS)}), [cell.needs])
 
     failed = False
-    for quick, arguments in PLANNED.get(session.name) or [(True, session.posargs)]:
+    for quick, arguments in PLANNED.get(session.name) or [(True, own)]:
         files = () if selects_tests(arguments) else QUALIFICATION
         marks, rest = take_option(arguments, "-m")
         if quick:
@@ -241,9 +245,7 @@ def add_cell(backend: Declared, environment: str) -> None:
     def run(session: nox.Session) -> None:
         run_cell(session, backend, environment)
 
-    run.__doc__ = (
-        f"One cell, {backend.name} in {environment}: asked for by name, its quick tests."
-    )
+    run.__doc__ = f"One cell, {backend.name} in {environment}: asked for by name, its quick tests."
     name = machine.session(backend.name, environment)
     nox.session(name=name, reuse_venv=True, tags=["cells", *backend.tags])(run)
 

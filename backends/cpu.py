@@ -8,7 +8,7 @@
 #
 # [tool.plimsoll.environments.cpu]
 # download-mb = 47
-# disk-mb = 170
+# disk-mb = 200
 # ///
 """ONNX Runtime on the CPU: the device is a bounded arena, the fallback an unbounded session."""
 

@@ -14,7 +14,8 @@ from qualification import doctor, platform_check
 
 ROOT = Path(__file__).resolve().parents[2]
 GIB = 1024**3
-DECLARED = backends.declared()[0]
+CPU = next(declared for declared in backends.declared() if declared.name == "cpu")
+CUDA = [cell for cell in doctor.cells() if cell.needs.cuda]
 
 
 def checkout(folder: Path) -> Path:
@@ -45,12 +46,12 @@ def test_it_runs_in_seconds_without_any_installed_package() -> None:
     assert done.returncode == 0, done.stderr
     for cell in doctor.cells():
         assert cell.backend.name in done.stdout
-        assert f"{cell.backend.download_mb} MB" in done.stdout
+        assert f"{cell.needs.download_mb} MB once" in done.stdout
 
 
 def test_it_says_what_to_run_next_and_exits_0(capsys: pytest.CaptureFixture[str]) -> None:
-    if any(cell.obstacle for cell in doctor.cells()):
-        pytest.skip("a cell cannot run on this machine")
+    if all(cell.obstacle for cell in doctor.cells()):
+        pytest.skip("no cell can run on this machine")
     assert doctor.main() == 0
     assert "nox -s memory-quick" in capsys.readouterr().out
 
@@ -81,7 +82,7 @@ def test_another_system_is_refused(monkeypatch: pytest.MonkeyPatch, system: str,
     monkeypatch.setattr("platform.system", lambda: system)
     monkeypatch.setattr("platform.machine", lambda: machine)
     assert f"this is {system} {machine}" in (platform_check.refusal() or "")
-    assert doctor.obstacle(DECLARED, DECLARED.environments[0]) == platform_check.refusal()
+    assert doctor.look(CPU, "cpu").obstacle == platform_check.refusal()
 
 
 def test_another_c_library_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,8 +103,51 @@ def test_an_older_c_library_is_refused(monkeypatch: pytest.MonkeyPatch, version:
 
 def test_too_little_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "available_memory_bytes", lambda: GIB)
-    reason = doctor.obstacle(DECLARED, DECLARED.environments[0])
-    assert reason == "2 GiB of available memory is needed; there is 1 GiB"
+    assert doctor.look(CPU, "cpu").obstacle == "2 GiB of available memory is needed; there is 1 GiB"
+
+
+def test_the_declared_cells_are_these() -> None:
+    assert [(cell.environment, cell.backend.name) for cell in doctor.cells()] == [
+        ("cpu", "cpu"),
+        ("cpu", "torch-cpu"),
+        ("cuda12", "onnxruntime-cuda"),
+        ("cuda12", "torch-cuda"),
+        ("cuda13", "onnxruntime-cuda"),
+        ("cuda13", "torch-cuda"),
+    ]
+
+
+def test_a_driver_that_is_not_there_is_no_driver() -> None:
+    assert platform_check.nvidia_driver("libno-such-driver.so.1") == (
+        "no NVIDIA driver: libno-such-driver.so.1 cannot be loaded"
+    )
+
+
+@pytest.mark.parametrize("cell", CUDA, ids=[f"{cell.environment}-{cell.backend.name}" for cell in CUDA])
+def test_a_cuda_cell_needs_a_driver_for_its_cuda(cell: doctor.Cell, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = cell.needs.cuda
+    assert cell.environment == f"cuda{cuda}"
+
+    def obstacle_with(driver: tuple[int, int] | str) -> str:
+        monkeypatch.setattr(platform_check, "nvidia_driver", lambda: driver)
+        return doctor.look(cell.backend, cell.environment).obstacle or ""
+
+    assert cuda is not None
+    assert obstacle_with("no NVIDIA driver: it is not there") == "no NVIDIA driver: it is not there"
+    assert obstacle_with((cuda - 1, 9)).startswith(f"CUDA {cuda} needs driver 5")
+    assert "CUDA" not in obstacle_with((cuda, 0))
+    assert "CUDA" not in obstacle_with((cuda + 1, 2))
+
+
+def test_a_cell_that_is_installed_needs_no_disk_for_that(tmp_path: Path) -> None:
+    root = checkout(tmp_path)
+    before = {cell.backend.name: cell.disk_bytes for cell in doctor.cells(root) if cell.environment == "cuda12"}
+    assert before["torch-cuda"] > 10 * GIB
+    stamp = root / ".nox" / doctor.session("torch-cuda", "cuda12") / doctor.STAMP
+    stamp.parent.mkdir(parents=True)
+    stamp.touch()
+    after = {cell.backend.name: cell.disk_bytes for cell in doctor.cells(root) if cell.environment == "cuda12"}
+    assert after == {**before, "torch-cuda": platform_check.MINIMUM_FREE_DISK_BYTES}
 
 
 def test_available_memory_is_the_machines_without_a_limit(tmp_path: Path) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import http.server
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import tomllib
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +22,19 @@ import pytest
 import backends
 
 ROOT = Path(__file__).resolve().parents[2]
+CELLS = sorted(
+    (declared.name, environment) for declared in backends.declared() for environment in declared.environments
+)
 ENVIRONMENTS = sorted({environment for backend in backends.declared() for environment in backend.environments})
 PINS = sorted((ROOT / "constraints").glob("*.txt"))
 
 
-def nox(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def nox(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "nox", "--no-color", "-f", str(folder / "noxfile.py"), *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100, check=False)
+    # With --no-venv, python is the one of this test.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, **environment}
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=100, check=False, env=env)
 
 
 @pytest.fixture
@@ -46,8 +58,9 @@ def listed(folder: Path) -> dict[str, str]:
 
 
 def test_the_sessions_are_the_matrix() -> None:
-    cells = {f"{kind}-{environment}" for kind in ("memory-quick", "memory-soak") for environment in ENVIRONMENTS}
-    assert set(listed(ROOT)) == cells | {"memory-quick", "doctor", "tests", "bench", "lint", "lock"}
+    expected = {f"{kind}-{environment}" for kind in ("memory-quick", "memory-soak") for environment in ENVIRONMENTS}
+    expected |= {f"cell-{environment}-{backend}" for backend, environment in CELLS}
+    assert set(listed(ROOT)) == expected | {"memory-quick", "doctor", "tests", "bench", "lint", "lock"}
 
 
 def test_plain_nox_is_memory_quick() -> None:
@@ -60,19 +73,138 @@ def test_a_tag_gives_the_cells_of_a_ci_matrix(kind: str) -> None:
     assert {entry["session"] for entry in found} == {f"{kind}-{environment}" for environment in ENVIRONMENTS}
 
 
+def test_the_cells_have_a_tag() -> None:
+    found = json.loads(nox(ROOT, "--list", "--json", "-t", "cells").stdout)
+    assert {entry["session"] for entry in found} == {f"cell-{environment}-{backend}" for backend, environment in CELLS}
+
+
+def test_an_environments_tag_runs_no_cell_twice() -> None:
+    found = {entry["session"] for entry in json.loads(nox(ROOT, "--list", "--json", "-t", "cpu").stdout)}
+    assert found == {"memory-quick-cpu", "memory-soak-cpu"}
+
+
+NEW = """\
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["numpy>=2"]
+#
+# [tool.plimsoll]
+# backend = "made-up"
+# tags = ["made"]
+#
+# [tool.plimsoll.environments.cpu]
+# download-mb = 1
+# disk-mb = 1
+#
+# [tool.plimsoll.environments.rocm99]
+# dependencies = ["made-up==1.0"]
+# reason = "the only one"
+# download-mb = 77
+# disk-mb = 99
+# ///
+"""
+
+
 def test_a_new_backend_is_one_file(checkout: Path) -> None:
-    header = (ROOT / "backends/cpu.py").read_text(encoding="utf-8").split("# ///\n")[0] + "# ///\n"
-    header = header.replace('backend = "cpu"', 'backend = "made-up"').replace('["cpu"]', '["cuda99"]')
-    (checkout / "backends/made_up.py").write_text(header, encoding="utf-8")
+    (checkout / "backends/made_up.py").write_text(NEW, encoding="utf-8")
     sessions = listed(checkout)
-    assert "made-up" in sessions["memory-quick-cuda99"]
-    assert "made-up" in sessions["memory-soak-cuda99"]
+    assert "made-up" in sessions["memory-quick-rocm99"]
+    assert "made-up" in sessions["memory-soak-rocm99"]
+    assert "made-up" in sessions["memory-quick-cpu"]
+    assert {"cell-cpu-made-up", "cell-rocm99-made-up"} <= set(sessions)
+    found = json.loads(nox(checkout, "--list", "--json", "-t", "made").stdout)
+    assert {entry["session"] for entry in found} == {"cell-cpu-made-up", "cell-rocm99-made-up"}
+    row = next(line for line in nox(checkout, "-s", "doctor").stdout.splitlines() if "rocm99" in line)
+    assert row.split()[:5] == ["made-up", "rocm99", "no", "77", "MB"]
+
+
+def wheel(folder: Path, version: str) -> None:
+    """Write a wheel that can be installed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {
+        "made_up.py": f"VERSION = {version!r}\n",
+        f"made_up-{version}.dist-info/METADATA": f"Metadata-Version: 2.1\nName: made-up\nVersion: {version}\n",
+        f"made_up-{version}.dist-info/WHEEL": "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        f"made_up-{version}.dist-info/RECORD": "",
+    }
+    with zipfile.ZipFile(folder / f"made_up-{version}-py3-none-any.whl", "w") as archive:
+        for name, text in files.items():
+            archive.writestr(name, text)
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        """Say nothing: what a test prints is about the test."""
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[str]:
+    """Serve the test's folder: each folder in it that has a folder for each package is a package index."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture
+def with_index(checkout: Path, served: str) -> Path:
+    """A checkout whose backend wants the build 1.0+small of a package; pip finds the other one, 1.0."""
+    wheel(checkout / "found-by-pip", "1.0")
+    index = f'# package-index = "{served}/index"\n# build = "small"\n'
+    header = NEW.replace("# reason", f"{index}# reason").replace('["numpy>=2"]', '["made-up"]')
+    (checkout / "backends/made_up.py").write_text(header, encoding="utf-8")
+    (checkout / "constraints/rocm99.txt").write_text("made-up==1.0\n", encoding="utf-8")
+    # Nothing else is installed: the cell gets no pytest, so it cannot pass.
+    project = re.sub(r"(?m)^(qualification|optional) = .*$", r"\1 = []", (checkout / "pyproject.toml").read_text())
+    (checkout / "pyproject.toml").write_text(project, encoding="utf-8")
+    return checkout
+
+
+def installed(checkout: Path, **environment: str) -> tuple[str, str]:
+    """Install the cell; give which build it got, and what was said."""
+    pip = {
+        "PIP_FIND_LINKS": str(checkout / "found-by-pip"),
+        "PIP_INDEX_URL": (checkout / "nothing").as_uri(),
+        "NO_PROXY": "*",
+    }
+    done = nox(checkout, "-s", "cell-rocm99-made-up", PIP_CONFIG_FILE=os.devnull, **pip, **environment)
+    assert done.returncode == 1
+    builds = [path.name for path in (checkout / ".nox/cell-rocm99-made-up").glob("lib/*/site-packages/made_up-*")]
+    return " ".join(builds), done.stderr
+
+
+def test_a_build_comes_from_the_headers_index(with_index: Path) -> None:
+    wheel(with_index / "index/made-up", "1.0+small")
+    builds, said = installed(with_index)
+    assert builds == "made_up-1.0+small.dist-info", said
+    assert "about 77 MB to download" in said
+
+
+def test_an_index_in_the_environment_takes_the_place_of_the_headers(with_index: Path, served: str) -> None:
+    wheel(with_index / "other/made-up", "1.0+small")
+    builds, said = installed(with_index, PLIMSOLL_MADE_UP_INDEX=f"{served}/other")
+    assert builds == "made_up-1.0+small.dist-info", said
+
+
+def test_pips_own_configuration_serves_where_the_index_cannot_be_reached(with_index: Path) -> None:
+    wheel(with_index / "found-by-pip", "1.0+small")
+    builds, said = installed(with_index)
+    assert builds == "made_up-1.0+small.dist-info", said
+    assert "cannot be reached" in said
+
+
+def test_another_build_is_never_installed_in_its_place(with_index: Path) -> None:
+    builds, said = installed(with_index, PLIMSOLL_MADE_UP_INDEX="")
+    assert builds == "", said
+    assert "there is no made-up==1.0+small for this Python where pip is configured to look" in said
+    assert "Set PLIMSOLL_MADE_UP_INDEX" in said
 
 
 def test_a_cell_asked_for_by_name_that_cannot_run_is_an_error_with_the_reason(checkout: Path) -> None:
     (checkout / "constraints/cpu.txt").unlink()
     done = nox(checkout, "-s", "memory-quick-cpu")
     assert done.returncode == 1
+    assert not list((checkout / ".nox").glob("cell-*")), "nothing is installed for it"
     assert "memory-quick-cpu cannot run here: constraints/cpu.txt is missing" in done.stderr
 
 
@@ -81,12 +213,51 @@ def test_the_umbrella_is_an_error_where_no_cell_can_run(checkout: Path) -> None:
     done = nox(checkout, "-s", "memory-quick")
     assert done.returncode == 1
     assert "not run: cpu in cpu: constraints/cpu.txt is missing" in done.stdout
-    assert "no cell can run on this machine" in done.stderr
+    assert "memory-quick cannot run here: constraints/cpu.txt is missing" in done.stderr
+
+
+def test_a_cell_that_cannot_run_does_not_keep_the_others_from_it_but_is_shown(checkout: Path) -> None:
+    (checkout / "backends/made_up.py").write_text(NEW.replace('">=3.11"', '">=9.9"'), encoding="utf-8")
+    done = nox(checkout, "--no-venv", "-s", "memory-quick-cpu", "--", "--version")
+    assert "not run: made-up in cpu: Python 9.9 or newer is needed" in done.stderr
+    assert "queued: cell-cpu-cpu" in done.stderr
+    assert "cell-cpu-made-up" not in done.stderr
+
+
+def test_one_backend_is_chosen_and_quick_and_full_tests_share_its_cell() -> None:
+    done = nox(
+        *(ROOT, "--no-venv", "-s", "memory-quick-cpu", "memory-soak-cpu", "memory-quick-cpu"),
+        *("--", "--backend=cpu", "--collect-only", "-q", "-k", "oom_detection"),
+    )
+    assert done.returncode == 0, done.stderr
+    runs = re.findall(r"python -m pytest .*", done.stderr)
+    assert ["-m 'not slow'" in run for run in runs] == [True, False], runs
+    assert all(run.endswith("--collect-only -q -k oom_detection --backend cpu") for run in runs)
+
+
+def test_a_cell_that_fails_does_not_keep_the_next_from_being_judged(checkout: Path) -> None:
+    # There are no tests in this checkout, so both fail at once.
+    done = nox(checkout, "--no-venv", "-s", "memory-quick-cpu")
+    assert done.returncode == 1
+    for backend in (backend for backend, environment in CELLS if environment == "cpu"):
+        assert f"not qualified: {backend} in cpu" in done.stderr
+
+
+def test_a_backend_that_an_environment_does_not_have_is_refused_with_the_nearest() -> None:
+    done = nox(ROOT, "-s", "memory-quick-cpu", "--", "--backend", "torch-cup")
+    assert done.returncode == 1
+    assert "memory-quick-cpu has no backend 'torch-cup': expected torch-cpu" in done.stderr
+
+
+def test_a_cell_that_has_run_is_not_silently_left_out_of_a_later_session() -> None:
+    done = nox(ROOT, "--no-venv", "-s", "cell-cpu-cpu", "memory-soak-cpu", "--", "--backend", "cpu", "--version")
+    assert done.returncode == 1
+    assert "cell-cpu-cpu has run already" in done.stderr
 
 
 def test_the_doctor_is_a_session() -> None:
     done = nox(ROOT, "-s", "doctor")
-    assert "backend  environment  can run" in done.stdout, done.stderr
+    assert re.search(r"backend +environment +can run", done.stdout), done.stderr
 
 
 def test_lock_refuses_an_argument_that_it_does_not_know(checkout: Path) -> None:
@@ -106,12 +277,35 @@ def test_the_pins_are_as_they_were_generated(path: Path) -> None:
 def test_the_pins_cover_what_the_headers_and_groups_ask_for(environment: str) -> None:
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["dependency-groups"]
     wanted = [*groups["qualification"], *groups["optional"]]
-    wanted += [
-        item for found in backends.declared() if environment in found.environments for item in found.dependencies
-    ]
+    needs = [found.needs[environment] for found in backends.declared() if environment in found.environments]
+    wanted += [item for each in needs for item in each.dependencies]
     pins = (ROOT / f"constraints/{environment}.txt").read_text(encoding="utf-8")
     missing = [item for item in wanted if f"\n{re.split(r'[^A-Za-z0-9._-]', item)[0]}==" not in pins]
     assert not missing, f"nox -s lock: constraints/{environment}.txt has no pin for {missing}"
+
+
+@pytest.mark.parametrize(("environment", "major"), [("cuda12", "cu12"), ("cuda13", "cu13")])
+def test_the_pins_of_a_cuda_environment_are_of_its_cuda(environment: str, major: str) -> None:
+    pins = (ROOT / f"constraints/{environment}.txt").read_text(encoding="utf-8")
+    assert set(re.findall(r"(?m)^nvidia-[\w-]+-(cu\d+)==", pins)) == {major}
+
+
+@pytest.mark.parametrize("name", ["cpu", "dev"])
+def test_the_pins_without_an_accelerator_bring_nothing_of_cuda(name: str) -> None:
+    pins = (ROOT / f"constraints/{name}.txt").read_text(encoding="utf-8")
+    assert re.search(r"(?m)^torch==", pins)
+    assert not re.findall(r"(?m)^(?:nvidia|cuda|triton).*", pins)
+
+
+def test_a_pin_that_is_an_exception_says_why_beside_it() -> None:
+    for declared in backends.declared():
+        for environment, needs in declared.needs.items():
+            pins = (ROOT / f"constraints/{environment}.txt").read_text(encoding="utf-8")
+            for requirement in needs.own:
+                name = re.split(r"[^A-Za-z0-9._-]", requirement)[0]
+                found = re.search(rf"(?m)^{name}==.*\n    # why: (.*)$", pins)
+                assert found is not None, f"{name} in {environment}"
+                assert (needs.reason or "").startswith(found[1]), f"{name} in {environment}"
 
 
 def _noxfile(call: str) -> str:
@@ -122,8 +316,15 @@ def _noxfile(call: str) -> str:
 
 def test_marks_that_are_asked_for_are_combined_with_not_slow() -> None:
     asked = [["-x"], ["-m", "oom", "-x"], ["-moom"], ["-m=oom or gpu"]]
-    found = _noxfile(f"[noxfile.split_marks(each) for each in {asked}]")
+    found = _noxfile(f"[noxfile.take_option(each, '-m') for each in {asked}]")
     assert found == str([("", ["-x"]), ("oom", ["-x"]), ("oom", []), ("oom or gpu", [])])
+
+
+def test_an_option_is_taken_out_with_its_value_and_nothing_that_only_looks_like_it() -> None:
+    asked = [["-x", "--backend", "cpu"], ["--backend=cpu", "-x"], ["--backends", "cpu"], ["--model=m", "-m", "oom"]]
+    found = _noxfile(f"[noxfile.take_option(each, '--backend') for each in {asked[:3]}]")
+    assert found == str([("cpu", ["-x"]), ("cpu", ["-x"]), ("", ["--backends", "cpu"])])
+    assert _noxfile(f"noxfile.take_option({asked[3]}, '-m')") == str(("oom", ["--model=m"]))
 
 
 def test_what_exists_is_a_selection_of_tests_unless_it_is_the_value_of_an_option() -> None:

@@ -143,7 +143,7 @@ def unreachable(url: str) -> str | None:
     try:
         urllib.request.urlopen(url, timeout=3).close()
     except (OSError, ValueError, http.client.HTTPException) as error:
-        return str(error)
+        return str(getattr(error, "reason", error))
     return None
 
 

@@ -2,6 +2,9 @@
 
 Environments and backends come from the headers of ``backends/*.py``; this file names none of them. It needs nothing
 but nox: ``nox --list`` shows the sessions, ``nox -s doctor`` what this machine can host.
+
+A header can ask for a build from a package index of its own, as backends/torch_cpu.py does. The variable
+``PLIMSOLL_TORCH_INDEX``, named after the package, gives another index for it; empty, it stands for pip's configuration.
 """
 
 from __future__ import annotations
@@ -102,10 +105,11 @@ def install(session: nox.Session, environment: str, requirements: Sequence[str],
         f"environment {environment}: installing {len(requirements)} requirements, "
         f"about {size} MB to download unless pip has them cached"
     )
+    packages = [package(requirement) for requirement in requirements]
     for each in needs:
-        for requirement in each.own:
-            if each.package_index is not None and requirement in requirements:
-                install_build(session, package(requirement), each, pins)
+        for name in map(package, each.own):
+            if each.package_index is not None and name in packages:
+                install_build(session, name, each, pins)
     session.install("-c", str(pins), *requirements)
     # As an installation step, so that `nox --no-install` does not claim what it did not do.
     write = "import pathlib, sys; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])"

@@ -107,8 +107,8 @@ _CUDA_STRINGS = (
     ),
 )
 #: Codes count where the string is not one of those above. Only those from 100 up: the lower ones meant other things
-#: before CUDA 10.1. Sticky by the documentation are 226, 721, 810 and 911 too; after 709 the context is gone. 805 to 809
-#: say that MPS lets no further process in.
+#: before CUDA 10.1. Sticky by the documentation are 226, 721, 810 and 911 too; after 709 the context is gone. 805 to
+#: 809 say that MPS lets no further process in.
 _CUDA_CODES = {
     **dict.fromkeys(
         ("226", "700", "702", "709", "710", "714", "715", "716", "717", "718", "719", "721", "810", "911", "999"),

@@ -70,25 +70,31 @@ def load(path: Path = CORPUS) -> list[Message]:
 
 
 def build(message: Message) -> Exception:
-    """Make the exception that said so."""
+    """Make the exception that said so. Raises ValueError for a type that is no exception."""
     try:
         found = pkgutil.resolve_name(message.type)
     except (ImportError, AttributeError):
         module, _, name = message.type.rpartition(".")
         found = type(name, (pkgutil.resolve_name(message.base),), {"__module__": module})
-    assert isinstance(found, type) and issubclass(found, Exception), f"{message.id}: {found!r} is not an exception"
-    text = message.message
+    if not (isinstance(found, type) and issubclass(found, Exception)):
+        raise ValueError(f"{message.id}: {message.type} is {found!r}, expected a type of exception")
+    return _made(found, message.message)
+
+
+def _made(kind: type[Exception], text: str) -> Exception:
     number = re.match(r"\[Errno (\d+)\] (.*)", text)
-    if number and issubclass(found, OSError):
-        return found(int(number[1]), number[2])
-    if found is KeyError:
-        return KeyError(text.strip("'"))
+    if number and issubclass(kind, OSError):
+        return kind(int(number[1]), number[2])
+    if issubclass(kind, KeyError):
+        return kind(text.strip("'"))
     try:
-        return found(text) if text else found()
+        return kind(text) if text else kind()
     except TypeError:
-        # Its text is made by the type, from arguments of its own.
-        own = {"__module__": found.__module__, "__init__": lambda *_: None, "__str__": lambda _: text}
-        return type(found.__name__, (found,), own)(text)
+        # A type that makes the text itself, from arguments of its own: it is derived from, and told the text.
+        python = next(base for base in kind.__mro__ if base.__module__ == "builtins")
+        own = {"__module__": kind.__module__, "__new__": python.__new__, "__init__": lambda *_: None}
+        made: Exception = type(kind.__name__, (kind,), own | {"__str__": lambda _: text})(text)
+        return made
 
 
 def _accelerate() -> tuple[str, Recognise]:
@@ -97,36 +103,29 @@ def _accelerate() -> tuple[str, Recognise]:
     return importlib.metadata.version("accelerate"), recognise
 
 
-def _names(messages: Sequence[Message]) -> str:
-    return ", ".join(f"`{message.id}`" for message in messages) or "none"
-
-
 def table(messages: Sequence[Message], sides: Sequence[tuple[str, Recognise]]) -> str:
     """Give the Markdown: what each side recognises of the out-of-memory errors, and what else it takes for one."""
-    ooms = [message for message in messages if message.was_out_of_memory]
-    torchs = [message for message in ooms if message.runtime.startswith("torch")]
-    others = [message for message in messages if not message.was_out_of_memory]
+    groups: dict[str, list[Message]] = {"torch": [], "ONNX Runtime": [], "others": [], "false alarms": []}
+    for message in messages:
+        runtime = next((name for name in ("torch", "ONNX Runtime") if message.runtime.startswith(name)), "others")
+        groups[runtime if message.was_out_of_memory else "false alarms"].append(message)
     lines = [
-        f"| | recognised, of {len(ooms)} out of memory | of {len(torchs)} from torch | false alarms, of {len(others)} others |",
-        "|---|---:|---:|---:|",
+        f"| | {' | '.join(f'{name} (of {len(group)})' for name, group in groups.items())} |",
+        f"|---|{'---:|' * len(groups)}",
     ]
-    details = []
+    alarms = []
     for name, recognise in sides:
         taken = {message.id for message in messages if recognise(build(message))}
-        counts = [sum(message.id in taken for message in group) for group in (ooms, torchs, others)]
+        counts = [sum(message.id in taken for message in group) for group in groups.values()]
         lines.append(f"| {name} | {' | '.join(map(str, counts))} |")
-        details += [
-            f"{name}: missed {_names([message for message in ooms if message.id not in taken])}; "
-            f"false alarms {_names([message for message in others if message.id in taken])}.",
-            "",
-        ]
-    return "\n".join([*lines, "", *details])
+        alarms += [f"- {name} on `{message.id}`" for message in groups["false alarms"] if message.id in taken]
+    return "\n".join([*lines, "", "False alarms:", "", *(alarms or ["- none"]), ""])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.error_messages", description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help=f"put the table into {DOCUMENT.relative_to(ROOT)}")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/out-of-memory-errors.md")
     options = parser.parse_args(arguments)
     try:
         version, recognise = _accelerate()

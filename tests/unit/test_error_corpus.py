@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any
 import pytest
 
 from backends.errors import Diagnosis, ErrorKind, Shortage, classify, diagnose
-from benchmarks import error_messages
-from benchmarks.error_messages import Message, build
 
-CORPUS = error_messages.load()
+#: As in test_benchmarks.py: tests run benchmarks, and import none.
+BENCHMARK = runpy.run_path(str(Path(__file__).resolve().parents[2] / "benchmarks" / "error_messages.py"))
+BUILD = BENCHMARK["build"]
+CORPUS = BENCHMARK["load"]()
 BY_ID = {message.id: message for message in CORPUS}
 LIVE = [message.id for message in CORPUS if message.live]
 TORCH = [name for name in LIVE if name.startswith("torch-") or BY_ID[name].runtime.startswith("torch")]
@@ -27,7 +29,7 @@ TORCH = [name for name in LIVE if name.startswith("torch-") or BY_ID[name].runti
 each = pytest.mark.parametrize("message", CORPUS, ids=[message.id for message in CORPUS])
 
 
-def _refused(message: Message, error: BaseException) -> str:
+def _refused(message: Any, error: BaseException) -> str:
     return f"{message.id}: {type(error).__name__}: {str(error)[-200:]!r} is {diagnose(error)}, not {message.expected}"
 
 
@@ -61,35 +63,35 @@ def test_there_is_a_message_of_every_shortage(shortage: Shortage) -> None:
 
 
 @each
-def test_a_message_gets_its_kind_and_shortage(message: Message) -> None:
-    error = build(message)
+def test_a_message_gets_its_kind_and_shortage(message: Any) -> None:
+    error = BUILD(message)
     assert str(error) == message.message, f"{message.id}: the exception says {error}"
     assert diagnose(error) == message.expected, _refused(message, error)
     assert classify(error) is message.expected.kind, f"{message.id} is {classify(error)}"
 
 
 @each
-def test_a_cause_gets_the_same(message: Message) -> None:
+def test_a_cause_gets_the_same(message: Any) -> None:
     outer = LookupError("the chunk could not be computed")
-    outer.__cause__ = build(message)
+    outer.__cause__ = BUILD(message)
     assert diagnose(outer) == message.expected, _refused(message, outer)
 
 
 @each
-def test_a_member_of_a_group_gets_the_same(message: Message) -> None:
-    group = ExceptionGroup("two", [LookupError("no"), ExceptionGroup("inner", [build(message)])])
+def test_a_member_of_a_group_gets_the_same(message: Any) -> None:
+    group = ExceptionGroup("two", [LookupError("no"), ExceptionGroup("inner", [BUILD(message)])])
     assert diagnose(group) == message.expected, _refused(message, group)
 
 
 @each
-def test_what_was_only_being_handled_does_not_count(message: Message) -> None:
+def test_what_was_only_being_handled_does_not_count(message: Any) -> None:
     later = LookupError("something else")
-    later.__context__ = build(message)
+    later.__context__ = BUILD(message)
     assert diagnose(later) == Diagnosis(ErrorKind.OTHER), f"{message.id} in the context makes it {diagnose(later)}"
 
 
 @each
-def test_the_same_words_in_a_value_error_mean_nothing(message: Message) -> None:
+def test_the_same_words_in_a_value_error_mean_nothing(message: Any) -> None:
     assert diagnose(ValueError(message.message)) == Diagnosis(ErrorKind.OTHER), f"{message.id} as a ValueError"
 
 
@@ -350,7 +352,7 @@ def test_a_live_message_of_torch_is_what_is_raised(name: str, raised: Callable[[
 
 def test_the_table_counts_what_each_side_recognises() -> None:
     messages = [BY_ID[name] for name in ("torch-cuda-full", "ort-arena-off", "cupy", "hidden-llama-cpp", "python-key")]
-    everything = error_messages.table(messages, [("all", lambda _: True), ("ours", lambda e: classify(e).is_oom)])
+    everything = BENCHMARK["table"](messages, [("all", lambda _: True), ("ours", lambda e: classify(e).is_oom)])
     assert "torch (of 1) | ONNX Runtime (of 1) | others (of 2) | false alarms (of 1)" in everything, everything
     assert "| all | 1 | 1 | 2 | 1 |" in everything and "| ours | 1 | 1 | 1 | 0 |" in everything, everything
     assert "- all on `python-key`" in everything and "- ours" not in everything, everything
@@ -362,16 +364,16 @@ def test_without_accelerate_nothing_is_written(
     monkeypatch.setitem(sys.modules, "accelerate.utils.memory", None)
     document = tmp_path / "document.md"
     document.write_text("as it was", encoding="utf-8")
-    monkeypatch.setattr(error_messages, "DOCUMENT", document)
-    assert error_messages.main(["--write"]) == 1, "the exit status"
+    monkeypatch.setitem(BENCHMARK["main"].__globals__, "DOCUMENT", document)
+    assert BENCHMARK["main"](["--write"]) == 1, "the exit status"
     assert document.read_text(encoding="utf-8") == "as it was", "the document was written"
     assert "pip install accelerate" in capsys.readouterr().err, "it is not said how to get it"
 
 
 def test_the_documents_table_is_of_this_corpus() -> None:
-    ours = error_messages.table(CORPUS, [("`backends.errors.classify`", lambda error: classify(error).is_oom)])
-    page = error_messages.DOCUMENT.read_text(encoding="utf-8")
+    ours = BENCHMARK["table"](CORPUS, [("`backends.errors.classify`", lambda error: classify(error).is_oom)])
+    page = BENCHMARK["DOCUMENT"].read_text(encoding="utf-8")
     for line in ours.splitlines()[:3]:
         assert line in page, (
-            f"{line} is not in {error_messages.DOCUMENT}: run python -m benchmarks.error_messages --write"
+            f"{line} is not in {BENCHMARK['DOCUMENT']}: run python -m benchmarks.error_messages --write"
         )

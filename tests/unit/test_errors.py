@@ -312,10 +312,29 @@ RECORDED = [
     ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", Diagnosis(ErrorKind.DEVICE_OOM)),
     ("HIP error: out of memory", Diagnosis(ErrorKind.DEVICE_OOM)),
     ("CUDA failure 719: unspecified launch failure ; GPU=0", Diagnosis(ErrorKind.DEVICE_STICKY)),
-    ("CUDA error: misaligned address", Diagnosis(ErrorKind.DEVICE_STICKY)),
-    ("CUDA error: initialization error", Diagnosis(ErrorKind.DEVICE_STICKY)),
+    *(
+        (f"CUDA error: {string}", Diagnosis(ErrorKind.DEVICE_STICKY))
+        for string in (
+            "hardware stack error",
+            "an illegal instruction was encountered",
+            "misaligned address",
+            "operation not supported on global/shared address space",
+            "invalid program counter",
+            "initialization error",
+            "driver shutting down",
+        )
+    ),
     ("Last error:\nCuda failure 999 'unknown error'", Diagnosis(ErrorKind.DEVICE_STICKY)),
-    ("CUDA error: system not yet initialized", Diagnosis(ErrorKind.DEVICE_LOST)),
+    *(
+        (f"CUDA error: {string}", Diagnosis(ErrorKind.DEVICE_LOST))
+        for string in (
+            "system not yet initialized",
+            "system has unsupported display driver / cuda driver combination",
+            "forward compatibility was attempted on non supported HW",
+            "uncorrectable NVLink error detected during the execution",
+            "CUDA driver is a stub library",
+        )
+    ),
     ("CUDA error: invalid argument", Diagnosis(ErrorKind.DEVICE_ERROR)),
     ("Error 404: not found", Diagnosis(ErrorKind.OTHER)),
     ("the cache is out of memory", Diagnosis(ErrorKind.OTHER)),

@@ -161,7 +161,7 @@ _TEXTS: tuple[tuple[re.Pattern[str], Diagnosis], ...] = tuple(
         # TensorFlow, and JAX, whose second text is for what a compiled program carries with it.
         (r"OOM when allocating tensor.*device:CPU", ErrorKind.HOST_OOM, None),
         (r"OOM when allocating tensor", ErrorKind.DEVICE_OOM, None),
-        (r"RESOURCE_EXHAUSTED: (?:Out of memory|.*allocate)", ErrorKind.DEVICE_OOM, None),
+        (r"RESOURCE_EXHAUSTED: (?s:.*)(?:[Oo]ut of memory|allocate|reserve)", ErrorKind.DEVICE_OOM, None),
         (r"Failed to allocate \d+ bytes for new constant", ErrorKind.DEVICE_OOM, None),
         # ONNX Runtime's arena, refused by what is below it. The text is the same for a host and for a card: an adapter
         # that works on a card has to note it (see `note`).

@@ -386,6 +386,20 @@ def test_torchs_type_is_out_of_memory_whatever_it_says() -> None:
     _expect(torch.AcceleratorError("in other words"), ErrorKind.OTHER)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 14049536000 bytes.",
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm.",
+        "RESOURCE_EXHAUSTED: Error loading program 'jit_step': Attempting to reserve 7.82G. There are 5.68G free.",
+    ],
+)
+def test_jaxs_newer_type_is_read(text: str) -> None:
+    # Only the name is reproduced: JAX is not here.
+    kind = type("JaxRuntimeError", (RuntimeError,), {"__module__": "jax.errors"})
+    _expect(kind(text), ErrorKind.DEVICE_OOM)
+
+
 def test_kinds_of_memory_and_kinds_of_device_do_not_overlap() -> None:
     assert [k.name for k in ErrorKind if k.is_oom] == ["DEVICE_OOM", "HOST_OOM"], "the kinds that are out of memory"
     device = [k.name for k in ErrorKind if k.is_device_error]

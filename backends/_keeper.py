@@ -1,11 +1,11 @@
-"""A device that is a whole process, for as long as no subject's worker has it.
+"""Devices that are never in a user's process: ``torch-cpu`` limits a process, and CUDA errors may end one.
 
-``torch-cpu`` bounds its device by a limit on a process, which can be no process of a user's. So a backend of that kind
-has its device here, in a child that is started when it is first asked for something:
+In a process that was not started to have the device, such a backend is a handle. The device is in a subject's worker,
+or, for as long as there is none, in a child that is started when it is first asked for something:
 
     python -c … CONNECTION_DESCRIPTOR MEMORY_DESCRIPTOR PARENT_PROCESS_ID
 
-It rebuilds the backend and does what it is asked, one thing after another. It ends with its parent.
+The child rebuilds the backend and does what it is asked, one thing after another. It ends with its parent.
 """
 
 from __future__ import annotations
@@ -26,11 +26,82 @@ from typing import Any
 
 import numpy as np
 
-from backends.contract import Allocation, BackendError, FloatArray, Health, MemoryReading, Model, Share
+from backends._device import DeviceBackend
+from backends.contract import Allocation, BackendError, Device, FloatArray, Health, MemoryReading, Model, Share
 from backends.errors import ErrorKind, RuntimeFailure, classify
+from backends.faults import limits
+from backends.host import host_memory
 from backends.process import begin_as_child, python_arguments
 
 _END_S = 1.0
+
+
+class KeptDevice(DeviceBackend):
+    """A backend that has its device in this process only where that was started for it (``rebuild``)."""
+
+    def __init__(self, device: str | None = None) -> None:
+        """Make a handle; nothing is started yet."""
+        super().__init__(device)
+        self._is_here = False
+        self._keeper: Keeper | None = None
+
+    def _has_the_device(self) -> None:
+        limits.require_expendable()
+        self._is_here = True
+
+    def _total_bytes(self) -> int:
+        """Give the size of the memory that the device is in, without touching the device."""
+        return host_memory().total_bytes
+
+    def _device_elsewhere(self) -> Device | None:
+        if self._elsewhere is not None or self._is_here:
+            return self._elsewhere
+        return self._kept()
+
+    def _kept(self) -> Keeper:
+        with self._lock:
+            if self._keeper is not None and not self._keeper.alive:
+                self._end_keeper()
+            if self._keeper is None:
+                self._keeper = Keeper(self.share())
+            return self._keeper
+
+    def _end_keeper(self) -> None:
+        with self._lock:
+            keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            keeper.close()
+
+    def hand_over(self, device: Device) -> None:
+        """Move what is held to where the device is now; a child of our own is not needed any more."""
+        super().hand_over(device)
+        if self._keeper is not None and not self._keeper.models:
+            self._end_keeper()
+
+    def memory(self) -> MemoryReading:
+        """Read the device's memory, where the device is; while no process has it, nothing of it is used."""
+        if self._elsewhere is None and not self._is_here and self._keeper is None:
+            source = "no process has the device now"
+            return MemoryReading(0, 0, self._limit_bytes, self._total_bytes(), "process", True, source)
+        return super().memory()
+
+    def load(self, path: Path) -> Model:
+        """Load a model where the device is."""
+        return super().load(path) if self._is_here else self._kept().load(path)
+
+    def _limit_here(self, limit_bytes: int) -> None:
+        if self._is_here:
+            super()._limit_here(limit_bytes)
+            return
+        # Each process that becomes the device proves it, before anything is loaded there.
+        self._limit_bytes = limit_bytes
+        if self._keeper is not None:
+            self._keeper.ask("limit_memory", limit_bytes)
+
+    def close(self) -> None:
+        """Disarm every fault, and end a child of our own."""
+        super().close()
+        self._end_keeper()
 
 
 class Keeper:
@@ -45,6 +116,7 @@ class Keeper:
         self._shared = os.memfd_create("plimsoll-features")
         self._connection, self._process = self._launcher.submit(_launch, self._shared, share.descriptors).result()
         self.models = 0
+        self._spoiled = False
         try:
             self.ask("start", dict(share.data))
         except BaseException:
@@ -58,8 +130,8 @@ class Keeper:
 
     @property
     def alive(self) -> bool:
-        """Whether it runs."""
-        return self._process.poll() is None
+        """Whether it runs, and can use the device."""
+        return self._process.poll() is None and not self._spoiled
 
     def ask(self, do: str, *arguments: Any) -> Any:
         """Have it do something and give the answer. Raises what failed there, or RuntimeFailure when it is gone."""
@@ -73,9 +145,12 @@ class Keeper:
                     ErrorKind.PROCESS_LOST,
                     f"the process {self.process_id} that had the device ended with status {self._process.returncode}",
                 ) from None
-        if failed:
-            raise RuntimeFailure(*answer) if isinstance(answer, tuple) else answer
-        return answer
+        if not failed:
+            return answer
+        failure = RuntimeFailure(*answer) if isinstance(answer, tuple) else answer
+        # After a sticky error every later call in that process fails: another takes its place.
+        self._spoiled |= classify(failure) in (ErrorKind.DEVICE_STICKY, ErrorKind.DEVICE_LOST)
+        raise failure
 
     def run(self, number: int, features: FloatArray) -> FloatArray:
         """Run a model there."""
@@ -191,9 +266,7 @@ def main() -> None:
     """Do what the parent asks, until it is gone."""
     descriptor, shared, parent = (int(word) for word in sys.argv[2:5])
     begin_as_child(parent)
-    from backends.faults.limits import declare_expendable
-
-    declare_expendable()
+    limits.declare_expendable()
     connection = Connection(descriptor)
     kept = _Keeping(shared)
     while True:

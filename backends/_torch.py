@@ -30,7 +30,7 @@ def quiet_torch() -> None:
     """Import torch for inference in this process: one thread, no gradients, the same numbers each time."""
     first = "torch" not in sys.modules
     # cuBLAS repeats itself only with a workspace of a fixed size, set before it starts (torch, "Reproducibility").
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     import torch
 
     torch.set_grad_enabled(False)
@@ -62,15 +62,12 @@ class TorchModel(Model):
 
     def __init__(self, backend: TorchBackend, module: Any, spec: ModelSpec, path: Path) -> None:
         """Take a module on the backend's device."""
-        from backends._torch_model import peak_bytes
-
-        self._backend, self._module, self._path = backend, module, path
+        self._backend, self._module, self._spec, self._path = backend, module, spec, path
         self.device = backend.device
         self.window_frames, self.chunk_frames = spec.window_frames, spec.chunk_frames
         self.vocabulary = spec.vocabulary
-        one, three = (peak_bytes(module, spec, batch) for batch in (1, 3))
-        self._item_bytes = max(0, (three - one) // 2)
-        self._fixed_bytes = max(0, one - self._item_bytes)
+        #: What a run of one window holds at its peak, and each further one; measured when it is asked for.
+        self._peaks: tuple[int, int] | None = None
 
     def run(self, features: FloatArray) -> FloatArray:
         """Run float32 [batch, window_frames, 80]."""
@@ -91,8 +88,16 @@ class TorchModel(Model):
         return self._backend.run_point(lambda: self._backend.owned(once), features)
 
     def working_set_bytes(self, batch: int) -> int:
-        """Say what was measured for one and three windows, extended in proportion to the batch."""
-        return self._fixed_bytes + self._item_bytes * batch
+        """Say what dry runs of one and three windows measured, extended in proportion to the batch."""
+        from backends._torch_model import peak_bytes
+
+        if self._module is None:
+            raise ModelError(f"{self._path} was unloaded: load it again")
+        if self._peaks is None:
+            one, three = (peak_bytes(self._module, self._spec, windows) for windows in (1, 3))
+            self._peaks = one, (three - one) // 2
+        one, more = self._peaks
+        return one + more * (batch - 1)
 
     def close(self) -> None:
         """Unload the model."""

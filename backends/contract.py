@@ -78,7 +78,7 @@ class MemoryReading:
 
     ``limit_bytes`` is what may be used (a cap), ``total_bytes`` what is there; pressure is a share of the smaller.
     ``scope`` says whose use it is: ``"process"`` or ``"device"``. ``exact`` is False for an estimate; ``source``
-    says how it was made.
+    says how it was made. ``fragmented_bytes`` of what is reserved are in pieces that cannot be given back.
     """
 
     used_bytes: int
@@ -88,6 +88,7 @@ class MemoryReading:
     scope: str
     exact: bool
     source: str
+    fragmented_bytes: int = 0
 
     @property
     def fraction(self) -> float:

@@ -1,18 +1,23 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["torch>=2.13", "numpy>=2", "psutil>=7.2"]
+# dependencies = ["numpy>=2", "psutil>=7.2"]
 #
 # [tool.plimsoll]
 # backend = "torch-cpu"
-# environments = ["cpu"]
-# tags = ["cpu", "torch"]
-# download-mb = 200
+# tags = ["torch"]
+#
+# [tool.plimsoll.environments.cpu]
+# dependencies = ["torch==2.13.0"]
+# package-index = "https://download.pytorch.org/whl/cpu"
+# build = "cpu"
+# reason = "the release that the errors and the limits of torch's CPU allocator were measured with"
+# download-mb = 230
+# disk-mb = 1030
 # ///
 """Torch on the CPU: the device is a process that is capped by RLIMIT_DATA, the fallback a process that is not.
 
 What the device holds is what the process holds beyond what it held when it was warm (``VmData``): exact, and cheap to
-read. In a process that was not started to have the device, a backend is a handle: the device is in a subject's worker,
-or, until there is one, in a child of its own.
+read.
 """
 
 from __future__ import annotations
@@ -21,15 +26,14 @@ import ctypes
 import gc
 import resource
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from backends._device import heap_trim, one_device
-from backends._keeper import Keeper
+from backends._keeper import KeptDevice
 from backends._torch import TorchBackend, quiet_torch
-from backends.contract import YES, Allocation, Backend, BackendError, Capability, Device, MemoryReading, Model, no
+from backends.contract import YES, Allocation, Backend, BackendError, Capability, MemoryReading, no
 from backends.errors import ErrorKind, RuntimeFailure, classify
 from backends.faults import limits
 from backends.host import data_bytes, host_memory
@@ -44,7 +48,7 @@ _OBJECTS_BYTES = 8 << 20
 _HOLES, _HOLE_BYTES = 32, 60 << 10
 
 
-class TorchCpu(TorchBackend):
+class TorchCpu(KeptDevice, TorchBackend):
     """A process's own memory as the device: real allocations, a real cap, torch's own errors."""
 
     name = "torch-cpu"
@@ -79,11 +83,9 @@ class TorchCpu(TorchBackend):
         """Make the device (bounded once ``limit_memory`` was called), or with ``bounded=False`` the fallback."""
         self._bounded = bounded
         super().__init__(device)
-        #: Whether the device is this process, what it held when it was warm, and the cap that is set.
-        self._is_here = False
+        #: What the process held when it was warm, and the cap that is set.
         self._warm_bytes = 0
         self._cap_bytes: int | None = None
-        self._keeper: Keeper | None = None
 
     def _named(self, device: str | None) -> tuple[str, int]:
         return one_device(self.name, "torch-cpu:process" if self._bounded else "torch-cpu", device)
@@ -97,65 +99,9 @@ class TorchCpu(TorchBackend):
         backend._board = self._board
         return backend
 
-    # Where the device is.
-
     def _has_the_device(self) -> None:
-        limits.require_expendable()
-        self._is_here = True
+        super()._has_the_device()
         quiet_torch()
-
-    def _device_elsewhere(self) -> Device | None:
-        if self._elsewhere is not None or self._is_here:
-            return self._elsewhere
-        return self._kept()
-
-    def _kept(self) -> Keeper:
-        with self._lock:
-            if self._keeper is not None and not self._keeper.alive:
-                self._keeper.close()
-                self._keeper = None
-            if self._keeper is None:
-                self._keeper = Keeper(self.share())
-            return self._keeper
-
-    def _end_keeper(self) -> None:
-        with self._lock:
-            if self._keeper is not None:
-                self._keeper.close()
-                self._keeper = None
-
-    def hand_over(self, device: Device) -> None:
-        """Move what is held to where the device is now; a process of our own is not needed any more."""
-        super().hand_over(device)
-        if self._keeper is not None and not self._keeper.models:
-            self._end_keeper()
-
-    def memory(self) -> MemoryReading:
-        """Read what the device's process holds; while there is none, that is nothing."""
-        if self._elsewhere is None and not self._is_here and self._keeper is None:
-            total = host_memory().total_bytes
-            return MemoryReading(0, 0, self._limit_bytes, total, "process", True, "no process has the device now")
-        return super().memory()
-
-    def load(self, path: Path) -> Model:
-        """Load a model where the device is."""
-        return super().load(path) if self._is_here else self._kept().load(path)
-
-    def close(self) -> None:
-        """Disarm every fault, and end a process of our own."""
-        super().close()
-        self._end_keeper()
-
-    # The device, in the process that is it.
-
-    def _limit_here(self, limit_bytes: int) -> None:
-        if self._is_here:
-            super()._limit_here(limit_bytes)
-            return
-        # Each process that becomes the device proves it before anything is loaded there.
-        self._limit_bytes = limit_bytes
-        if self._keeper is not None:
-            self._keeper.ask("limit_memory", limit_bytes)
 
     def _apply_limit(self, limit_bytes: int | None) -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)

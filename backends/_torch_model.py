@@ -196,13 +196,6 @@ def peak_bytes(module: torch.nn.Module, spec: ModelSpec, batch: int) -> int:
     return _counted(module, spec, batch)[0]
 
 
-def working_set(module: torch.nn.Module, spec: ModelSpec) -> tuple[int, int]:
-    """Measure the peaks of batches of 1 and of 3: give the fixed bytes of a run, and the bytes for each item."""
-    one, three = (peak_bytes(module, spec, batch) for batch in (1, 3))
-    item_bytes = max(0, (three - one) // 2)
-    return one - item_bytes, item_bytes
-
-
 def _counted(module: torch.nn.Module, spec: ModelSpec, batch: int) -> tuple[int, Any]:
     """Run a batch of zeros; give how many bytes it held at its peak, and the output."""
     device = next((each.device for each in itertools.chain(module.parameters(), module.buffers())), None)

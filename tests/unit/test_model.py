@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from backends.contract import ModelError
 from backends.cpu import Cpu
 from backends.model import (
     BLOCK_MODEL,
@@ -21,6 +24,8 @@ from backends.model import (
     block_to_onnx,
     main,
     probe_to_onnx,
+    read_onnx,
+    reference,
     to_onnx,
     weights,
 )
@@ -127,3 +132,181 @@ def test_block_and_probe_are_written_by_the_command(tmp_path: Path) -> None:
     for option, committed in (("--block", BLOCK_MODEL), ("--probe", PROBE_MODEL)):
         main([str(tmp_path / "m.onnx"), option])
         assert (tmp_path / "m.onnx").read_bytes() == committed.read_bytes(), f"{option} differs from {committed.name}"
+
+
+# Reading a file back.
+
+TINY = ModelSpec(context_frames=2, chunk_frames=2, channels=2, width=4, heads=2, layers=1, vocabulary=3)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> bytes:
+    return bytes(to_onnx(TINY).SerializeToString())
+
+
+@pytest.fixture
+def changed(tmp_path: Path) -> Callable[[Callable[[Any], object]], Path]:
+    """Give a maker of a file that is the tiny model, with something done to it."""
+
+    def make(change: Callable[[Any], object]) -> Path:
+        model = to_onnx(TINY)
+        change(model)
+        path = tmp_path / "changed.onnx"
+        path.write_bytes(model.SerializeToString())
+        return path
+
+    return make
+
+
+def weight(model: Any, name: str) -> Any:
+    return next(each for each in model.graph.initializer if each.name == name)
+
+
+def test_what_is_read_is_what_was_written_and_what_the_onnx_package_reads(tmp_path: Path) -> None:
+    for spec, path in ((ModelSpec(), DEFAULT_MODEL), (TINY, tmp_path / "tiny.onnx")):
+        if path is not DEFAULT_MODEL:
+            onnx.save(to_onnx(spec), path)
+        found_spec, found = read_onnx(path)
+        assert found_spec == spec
+        made = weights(spec)
+        assert list(found) == list(made)
+        stored = {each.name: onnx.numpy_helper.to_array(each) for each in onnx.load(path).graph.initializer}
+        for name, array in found.items():
+            assert array.dtype == np.float32 and array.flags.writeable and array.flags.c_contiguous, name
+            assert np.array_equal(array, made[name]) and np.array_equal(array, stored[name]), f"{name} differs"
+
+
+def test_weights_that_were_changed_are_read_as_they_are(changed: Callable[[Callable[[Any], object]], Path]) -> None:
+    other = np.arange(12, dtype=np.float32).reshape(4, 3)
+    path = changed(
+        lambda model: weight(model, "head.weight").CopyFrom(onnx.numpy_helper.from_array(other, "head.weight"))
+    )
+    assert np.array_equal(read_onnx(path)[1]["head.weight"], other)
+
+
+def test_reading_needs_no_onnx_package() -> None:
+    program = (
+        "import sys; sys.modules['onnx'] = None\nfrom backends.model import *; print(len(read_onnx(DEFAULT_MODEL)[1]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout == "47\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda m: m.ClearField("metadata_props"), "no key plimsoll.spec"),
+        (lambda m: setattr(m.metadata_props[0], "value", "["), "unusable"),
+        (lambda m: setattr(m.metadata_props[0], "value", "[" * 100_000), "unusable"),
+        (lambda m: setattr(m.metadata_props[0], "value", '{"depth": 3}'), "unexpected keyword"),
+        (lambda m: setattr(m.metadata_props[0], "value", '{"layers": 0}'), "layers is 0"),
+        (
+            lambda m: setattr(m.metadata_props[0], "value", "{}"),
+            r"conv1.weight has shape \[2, 1, 3, 3\].*\[32, 1, 3, 3\]",
+        ),
+        (lambda m: m.graph.initializer.pop(0), "no weight conv1.weight"),
+        (lambda m: m.graph.initializer.append(onnx.helper.make_tensor("more", 1, [1], [1.0])), "a constant more"),
+        (lambda m: setattr(weight(m, "conv1.bias"), "data_type", 10), "conv1.bias has .* type .10., expected float32"),
+        (lambda m: setattr(weight(m, "conv1.bias"), "data_location", 1), "conv1.bias is in another file"),
+        (
+            lambda m: weight(m, "attention.scale").CopyFrom(
+                onnx.numpy_helper.from_array(np.float32(1), "attention.scale")
+            ),
+            "attention.scale is another",
+        ),
+        (lambda m: setattr(m.graph.node[2], "op_type", "Tanh"), "node 2 .* Tanh"),
+        (lambda m: setattr(m.graph.node[2], "domain", "other"), "node 2 .* other.Relu"),
+        (lambda m: m.graph.node[1].attribute[0].ints.__setitem__(0, 2), "node 1 .* Conv"),
+        (lambda m: m.graph.node[11].attribute.append(onnx.helper.make_attribute("epsilon", 0.5)), "node"),
+        (lambda m: m.graph.node.pop(), "missing"),
+        (lambda m: setattr(m.graph.output[0], "name", "norm"), r"gives \['norm'\]"),
+    ],
+)
+def test_a_graph_that_is_not_ours_is_refused_with_the_reason(
+    change: Callable[[Any], object], reason: str, changed: Callable[[Callable[[Any], object]], Path]
+) -> None:
+    with pytest.raises(ModelError, match=f"(?s)not an acoustic model of this project.*{reason}.*FILE.pt2"):
+        read_onnx(changed(change))
+
+
+def test_a_small_model_of_ours_is_no_acoustic_model() -> None:
+    for path in (BLOCK_MODEL, PROBE_MODEL):
+        with pytest.raises(ModelError, match="no key plimsoll.spec"):
+            read_onnx(path)
+
+
+@pytest.mark.parametrize("data", [b"", b"hello, this is no model", b"PK\x03\x04" + bytes(100), b"\xff" * 64, bytes(64)])
+def test_a_file_that_is_not_onnx_is_refused(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "no.onnx"
+    path.write_bytes(data)
+    with pytest.raises(ModelError, match=r"no.onnx is not a whole ONNX file \(.*expected"):
+        read_onnx(path)
+
+
+def test_a_file_that_cannot_be_read_is_an_error_of_the_system(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_onnx(tmp_path / "none.onnx")
+
+
+def read_or_refuse(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
+    try:
+        spec, found = read_onnx(path)
+    except ModelError:
+        return
+    assert list(found) == list(weights(spec)), "what is accepted is a whole model"
+
+
+QUICK = settings(max_examples=400, deadline=2000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@QUICK
+@given(share=st.floats(0, 1, exclude_max=True))
+def test_a_truncated_file_is_refused(tiny: bytes, tmp_path: Path, share: float) -> None:
+    path = tmp_path / "short.onnx"
+    path.write_bytes(tiny[: int(len(tiny) * share)])
+    with pytest.raises(ModelError):
+        read_onnx(path)
+
+
+@QUICK
+@given(at=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(1, 255)), min_size=1, max_size=4))
+def test_flipped_bytes_are_refused_or_are_weights(tiny: bytes, tmp_path: Path, at: list[tuple[float, int]]) -> None:
+    data = bytearray(tiny)
+    for share, flip in at:
+        data[int(len(data) * share)] ^= flip
+    read_or_refuse(tmp_path / "flipped.onnx", bytes(data))
+
+
+@QUICK
+@given(data=st.binary(max_size=300))
+def test_any_bytes_are_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "any.onnx"
+    path.write_bytes(data)
+    with pytest.raises(ModelError):
+        read_onnx(path)
+
+
+@pytest.mark.parametrize(
+    "claim", ['{"layers": 999999999999}', '{"channels": 9999999, "width": 4000000}', '{"chunk_frames": 999999999998}']
+)
+def test_a_shape_that_the_file_does_not_hold_takes_no_memory(
+    claim: str, changed: Callable[[Callable[[Any], object]], Path], in_child: Callable[[str], Any]
+) -> None:
+    path = changed(lambda model: setattr(model.metadata_props[0], "value", claim))
+    program = (
+        "import json, resource; from pathlib import Path; from backends.model import *\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
+        f"try: read_onnx(Path({str(path)!r}))\n"
+        "except ModelError as error: print(json.dumps(str(error)))"
+    )
+    assert "not an acoustic model of this project" in in_child(program)
+
+
+def test_the_reference_knows_its_context_and_keeps_windows_apart() -> None:
+    features = np.random.RandomState(3).standard_normal((9, TINY.window_frames, 80))
+    made = weights(TINY)
+    scores = reference(TINY, made, features)
+    assert scores.shape == (9, 2, 3) and scores.dtype == np.float64
+    alone = np.concatenate([reference(TINY, made, features[at : at + 1]) for at in range(9)])
+    assert np.allclose(scores, alone, rtol=0, atol=1e-12), "a neighbour in the batch changed the scores"

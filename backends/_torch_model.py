@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -42,7 +41,7 @@ class _Acoustic(torch.nn.Module):
         self.spec = spec
         for name, array in weights.items():
             # A copy: torch aligns it, and a kernel may add in an order that depends on that. Channels of kernels last.
-            weight = torch.tensor(np.ascontiguousarray(array.transpose(0, 2, 3, 1)) if array.ndim == 4 else array)
+            weight = torch.tensor(array.transpose(0, 2, 3, 1).copy() if array.ndim == 4 else array)
             self.register_parameter(_attribute(name), torch.nn.Parameter(weight, requires_grad=False))
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -62,11 +61,13 @@ class _Acoustic(torch.nn.Module):
             return (x @ weight(name)).view(-1, steps, spec.heads, spec.width // spec.heads).transpose(1, 2)
 
         def conv(x: torch.Tensor, name: str, stride: int) -> torch.Tensor:
-            # With channels first, oneDNN makes the image twice, once in its own layout: twice the peak, and the time.
             kernels = weight(f"{name}.weight").permute(0, 3, 1, 2)
             return functional.conv2d(x, kernels, weight(f"{name}.bias"), stride, padding=1).relu_()
 
-        x = conv(conv(features.unsqueeze(1), "conv1", stride=1), "conv2", stride=2)
+        # The one channel lies last, and so do all that come of it. With channels first, oneDNN makes each image twice,
+        # once in its own layout: nearly twice the peak, and twice the time.
+        image = features.unsqueeze(-1).permute(0, 3, 1, 2)
+        x = conv(conv(image, "conv1", stride=1), "conv2", stride=2)
         x = x.transpose(1, 2).reshape(-1, steps, spec.channels * N_MELS // 2)
         x = (x @ weight("project.weight")).add_(weight("project.bias")).add_(weight("position"))
         for i in range(spec.layers):

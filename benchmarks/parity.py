@@ -113,8 +113,8 @@ def main(arguments: list[str]) -> int:
         [
             f"Measured on {datetime.now(UTC):%Y-%m-%d} (UTC) on {machine(f'model {DEFAULT_MODEL.name}')}.",
             table(found),
-            f"{len(features)} windows, in batches of {', '.join(map(str, BATCHES))}. The closest call among their rows: the "
-            f"best token leads by {smallest_margin(exact):.1e} of the largest score.",
+            f"{len(features)} windows, in batches of {', '.join(map(str, BATCHES))}. The closest call of their"
+            f" rows: the best token leads by {smallest_margin(exact):.1e} of the largest score.",
             *absent,
         ]
     )

@@ -210,7 +210,7 @@ def test_reading_needs_no_onnx_package() -> None:
         (lambda m: setattr(weight(m, "conv1.bias"), "data_location", 1), "conv1.bias is in another file"),
         (
             lambda m: weight(m, "attention.scale").CopyFrom(
-                onnx.numpy_helper.from_array(np.float32(1), "attention.scale")
+                onnx.numpy_helper.from_array(np.array(1, np.float32), "attention.scale")
             ),
             "attention.scale is another",
         ),
@@ -231,7 +231,7 @@ def test_a_graph_that_is_not_ours_is_refused_with_the_reason(
 
 def test_a_small_model_of_ours_is_no_acoustic_model() -> None:
     for path in (BLOCK_MODEL, PROBE_MODEL):
-        with pytest.raises(ModelError, match="no key plimsoll.spec"):
+        with pytest.raises(ModelError, match=r"no key plimsoll\.spec"):
             read_onnx(path)
 
 

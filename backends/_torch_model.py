@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from backends.contract import ModelError
-from backends.errors import classify
+from backends.errors import ErrorKind, classify
 from backends.model import N_MELS, NORM_EPSILON, ModelSpec, Weights
 
 _SPEC_KEY = "plimsoll.spec"
@@ -109,9 +109,10 @@ def load_exported(path: Path) -> tuple[torch.nn.Module, ModelSpec]:
             program = torch.export.load(path, extra_files=extra)
             module = program.module()
         except Exception as error:
-            if classify(error).is_oom or isinstance(error, OSError):
-                raise
             # What torch raises at the end is often less than what it logged before.
+            for each in (error, *reasons):
+                if isinstance(each, OSError) or classify(each) is not ErrorKind.OTHER:
+                    raise each from None
             reason = reasons[0] if reasons else error
             raise ModelError(
                 f"{path} is not a program that torch {torch.__version__} loads ({type(reason).__name__}: "
@@ -172,7 +173,7 @@ def _vocabulary(module: torch.nn.Module, spec: ModelSpec, path: Path) -> int:
     try:
         _, scores = _counted(module, spec, 1)
     except Exception as error:
-        if classify(error).is_oom:
+        if classify(error) is not ErrorKind.OTHER:
             raise
         raise ModelError(f"{path} does not run: {type(error).__name__}: {str(error)[:300]}") from error
     if isinstance(scores, torch.Tensor):

@@ -299,3 +299,18 @@ def test_a_file_that_is_no_program_of_this_torch_is_refused(
 def test_a_program_that_is_not_there_is_an_error_of_the_system(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         _torch_model.load_exported(tmp_path / "none.pt2")
+
+
+def test_no_memory_is_not_the_files_fault(exported: Path, in_child: Callable[[str], Any]) -> None:
+    program = (
+        "import gc, json, psutil; from pathlib import Path; from backends._torch_model import load_exported\n"
+        "from backends.errors import classify\n"
+        f"path = Path({str(exported)!r})\n"
+        "load_exported(path)\n"
+        "gc.collect(); psutil.heap_trim()\n"
+        "try:\n"
+        "    with limits.no_host_memory(1 << 20): load_exported(path)\n"
+        "except Exception as error: print(json.dumps([type(error).__name__, classify(error).value]))"
+    )
+    name, kind = in_child(program)
+    assert kind == "host_oom", name

@@ -243,6 +243,13 @@ def test_a_file_that_is_not_onnx_is_refused(data: bytes, tmp_path: Path) -> None
         read_onnx(path)
 
 
+def test_half_a_file_is_called_that(tmp_path: Path, tiny: bytes) -> None:
+    path = tmp_path / "half.onnx"
+    path.write_bytes(tiny[: len(tiny) // 2])
+    with pytest.raises(ModelError, match=r"half.onnx is not a whole ONNX file \(\d+ bytes are to follow, and \d+ do\)"):
+        read_onnx(path)
+
+
 def test_a_file_that_cannot_be_read_is_an_error_of_the_system(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_onnx(tmp_path / "none.onnx")

@@ -34,7 +34,7 @@ from backends._device import heap_trim, one_device
 from backends._keeper import KeptDevice
 from backends._torch import TorchBackend, quiet_torch
 from backends.contract import YES, Allocation, Backend, BackendError, Capability, MemoryReading, no
-from backends.errors import ErrorKind, RuntimeFailure, classify
+from backends.errors import Diagnosis, ErrorKind, Shortage, classify, note
 from backends.faults import limits
 from backends.host import data_bytes, host_memory
 
@@ -132,16 +132,14 @@ class TorchCpu(KeptDevice, TorchBackend):
         return max(0, before - data_bytes())
 
     def owned(self, act: Callable[[], T]) -> T:
-        """Say that the device is out of memory where it was the device's cap that refused: the text is the host's."""
+        """Take note that it was the device's cap that refused, where it was: the text is the host's."""
         try:
             return act()
         except Exception as error:
             is_cap = resource.getrlimit(resource.RLIMIT_DATA)[0] == self._cap_bytes
-            if not is_cap or classify(error) is not ErrorKind.HOST_OOM:
-                raise
-            text = f"{type(error).__name__}: {error}"
-        # Out here: the error's frames hold the tensors that were made before it.
-        raise RuntimeFailure(ErrorKind.DEVICE_OOM, text)
+            if is_cap and classify(error) is ErrorKind.HOST_OOM:
+                note(error, Diagnosis(ErrorKind.DEVICE_OOM, Shortage.CAPPED))
+            raise
 
 
 def _warm_up() -> None:

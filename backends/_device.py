@@ -189,6 +189,10 @@ class DeviceBackend(Backend):
     def _miss_library(self) -> None:
         """Have the runtime load MISSING_LIBRARY. Raises the runtime's own error."""
 
+    def owned(self, act: Callable[[], T]) -> T:
+        """Do something on the device. Errors come as the runtime raises them; who knows more of them notes it."""
+        return act()
+
     def _strike_device(self, site: Site) -> None:
         """Run a kernel that the device stops, in this process. For backends with DEVICE_ERROR."""
         raise NotImplementedError(f"{self.name} has no {site.value}")
@@ -292,6 +296,11 @@ class DeviceBackend(Backend):
         )
 
     # Elsewhere.
+
+    @classmethod
+    def taking_over(cls, board: Board) -> Backend:
+        """Make the backend that takes over from a failed device, struck by the plans on that one's board."""
+        raise BackendError(f"{cls.name} is a device, and takes over from none")
 
     def share(self) -> Share:
         """Share the name, the limit, what a variant adds, and the board of faults."""

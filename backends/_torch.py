@@ -12,7 +12,7 @@ from collections.abc import Callable
 from importlib import util
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,8 +22,6 @@ from backends.model import N_MELS, ModelSpec, read_onnx
 
 if TYPE_CHECKING:
     import torch
-
-T = TypeVar("T")
 
 
 def quiet_torch() -> None:
@@ -117,10 +115,6 @@ class TorchBackend(DeviceBackend):
     def torch_device(self) -> str:
         """Say what torch calls this device."""
         return "cpu"
-
-    def owned(self, act: Callable[[], T]) -> T:
-        """Do something on the device. Errors come as torch raises them; a variant that knows more of them says so."""
-        return act()
 
     def _allocate_here(self, size_bytes: int) -> Allocation:
         import torch

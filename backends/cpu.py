@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 from backends._device import one_device
 from backends._onnxruntime import OrtBackend, quiet_options
 from backends.contract import YES, Backend, BackendError, Capability, no
+from backends.faults.plan import Board
 
 _SESSION_DOCS = "https://onnxruntime.ai/docs/get-started/with-c.html#share-allocators-between-sessions"
 
@@ -110,11 +111,16 @@ class Cpu(OrtBackend):
         ort.create_and_register_allocator(info, ort.OrtArenaCfg(limit_bytes, 1, -1, -1))
         Cpu._registered = weakref.ref(self)
 
+    @classmethod
+    def taking_over(cls, board: Board) -> Backend:
+        """Make an unbounded session's backend, struck by the plans that are armed on a device's board."""
+        made = cls(bounded=False)
+        made._board = board
+        return made
+
     def fallback(self) -> Backend:
         """Give an unbounded session's backend; it shares the plans that are armed at the host's memory."""
-        backend = Cpu(bounded=False)
-        backend._board = self._board
-        return backend
+        return self.taking_over(self._board)
 
 
 BACKEND = Cpu

@@ -36,6 +36,7 @@ from backends._torch import TorchBackend, quiet_torch
 from backends.contract import YES, Allocation, Backend, BackendError, Capability, MemoryReading, no
 from backends.errors import Diagnosis, ErrorKind, Shortage, classify, note
 from backends.faults import limits
+from backends.faults.plan import Board
 from backends.host import data_bytes, host_memory
 
 T = TypeVar("T")
@@ -93,11 +94,16 @@ class TorchCpu(KeptDevice, TorchBackend):
     def _variant(self) -> dict[str, Any]:
         return {"bounded": self._bounded}
 
+    @classmethod
+    def taking_over(cls, board: Board) -> Backend:
+        """Make the backend of a process without a cap, struck by the plans that are armed on a device's board."""
+        made = cls(bounded=False)
+        made._board = board
+        return made
+
     def fallback(self) -> Backend:
         """Give the backend of a process without a cap; it shares the plans that are armed at the host's memory."""
-        backend = TorchCpu(bounded=False)
-        backend._board = self._board
-        return backend
+        return self.taking_over(self._board)
 
     def _has_the_device(self) -> None:
         super()._has_the_device()

@@ -111,7 +111,9 @@ class Ladder:
             self._metrics.add("oom_total")
             self._metrics.add(f"oom_{failure.kind.value}")
         elif failure.kind.is_device_error:
-            self._device_errors += 1
+            # A device that is lost is as good as one that failed so often: another process would not find it either.
+            lost = failure.kind is ErrorKind.DEVICE_LOST
+            self._device_errors = max(self._device_errors + 1, self._errors_in_a_row if lost else 0)
             self._metrics.add("device_errors_total")
         elif failure.kind is ErrorKind.PROCESS_LOST:
             self._device_errors += 1

@@ -27,6 +27,10 @@ from protection.worker_process import Deadlines, Worker
 
 _BLOCKING_SIDE_S = 30.0
 _STANDBY_EVERY_S = 5.0
+#: After a return to the device the fallback's process, unloaded, waits so long for the next time.
+_LINGER_S = 10.0
+#: After these, every later call in that process fails: it is as good as dead.
+_POISONED = (ErrorKind.PROCESS_LOST, ErrorKind.DEVICE_STICKY, ErrorKind.DEVICE_LOST)
 
 
 def _scores(answer: Frame, chunks: int) -> FloatArray:
@@ -124,6 +128,8 @@ class WorkerEngine:
         self._path = model_path.resolve()
         self._deadlines = deadlines or Deadlines()
         self._standby, self._standby_not_before_s = standby, 0.0
+        #: Until when the fallback's process is kept without its model, if it is.
+        self._lingers_until_s: float | None = None
         # The kernel ends workers with the thread that started them. So it is none that ends before the engine.
         self._launcher = ThreadPoolExecutor(1, "plimsoll-launcher")
         self._device: Worker | None = None
@@ -161,7 +167,7 @@ class WorkerEngine:
         except RuntimeFailure as error:
             if error.kind is ErrorKind.OTHER:
                 raise
-            if error.kind is ErrorKind.PROCESS_LOST:
+            if error.kind in _POISONED:
                 self._drop(self._device)
             return StartFailure(error.kind, str(error)[-300:])
         return None
@@ -208,6 +214,9 @@ class WorkerEngine:
         fallback = self._fallback or self._start_fallback()
         try:
             fallback.ready()
+            if self._lingers_until_s is not None:
+                self._lingers_until_s = None
+                fallback.load()
         except BaseException:
             self._drop(fallback)
             raise
@@ -225,7 +234,7 @@ class WorkerEngine:
         if worker is self._device:
             self._device = None
         if worker is self._fallback:
-            self._fallback = None
+            self._fallback, self._lingers_until_s = None, None
         worker.end()
 
     # What the pipeline asks.
@@ -255,14 +264,15 @@ class WorkerEngine:
             except TornMessage as why:
                 raise worker.broke(str(why)) from None
         except RuntimeFailure as error:
-            if error.kind in (ErrorKind.PROCESS_LOST, ErrorKind.DEVICE_STICKY):
-                # After a sticky error every later call in that process fails: it is as good as dead.
+            if error.kind in _POISONED:
                 self._drop(self._current)
                 self.lost = True
             raise
         self.lost = False
         if self._standby:
             self._keep_standby()
+        elif self._lingers_until_s is not None and time.monotonic() > self._lingers_until_s:
+            self._drop(self._fallback)
         return scores
 
     def _keep_standby(self) -> None:
@@ -340,15 +350,26 @@ class WorkerEngine:
                 device = self._start_device(load=False)
             tried = device.work("try", start_s, {"mels": N_MELS}, silence_s=start_s).meta
         except RuntimeFailure as error:
-            if error.kind in (ErrorKind.PROCESS_LOST, ErrorKind.DEVICE_STICKY):
+            if error.kind in _POISONED:
                 self._drop(self._device)
             raise
         if not tried["ok"]:
             return False
         self._degraded, self.lost = False, False
         if not self._standby:
-            self._drop(self._fallback)
+            self._have_fallback_linger()
         return True
+
+    def _have_fallback_linger(self) -> None:
+        """Unload the fallback and keep its process for a while: where a device comes and goes it is needed again."""
+        fallback = self._fallback
+        if fallback is None:
+            return
+        try:
+            fallback.work("unload", self._deadlines.infer_s)
+            self._lingers_until_s = time.monotonic() + _LINGER_S
+        except (RuntimeFailure, BackendError):
+            self._drop(fallback)
 
     def unload(self) -> None:
         """End the workers, until the next inference: their memory really comes back."""

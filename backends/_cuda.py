@@ -1,0 +1,151 @@
+"""All that the CUDA backends have in common, and that no other has: the card, its neighbour, its sticky faults.
+
+The card is used in workers only: a user's process makes no context on it, and cannot be poisoned.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+import backends
+from backends._device import DeviceBackend
+from backends._environment import environment, promised_cuda, refusal
+from backends._keeper import KeptDevice
+from backends.contract import (
+    YES,
+    Allocation,
+    Availability,
+    Backend,
+    BackendError,
+    Capability,
+    FaultPlan,
+    Provenance,
+    Site,
+)
+from backends.faults.cuda import (
+    NoDriver,
+    device_assert,
+    illegal_address,
+    open_driver,
+    require_device_faults_allowed,
+    trap,
+)
+from backends.faults.cuda_ballast import DeviceBallast
+
+#: What each CUDA backend can do. ``CACHE_OOM`` and ``EXACT_MEMORY_READING`` are their runtimes' matter.
+CAPABILITIES = {
+    Capability.MEMORY_LIMIT: YES,
+    Capability.RELEASE_CACHED: YES,
+    Capability.DEVICE_OOM: YES,
+    Capability.HOST_OOM: YES,
+    Capability.FALLBACK: YES,
+    Capability.DEVICE_ERROR: YES,
+    Capability.RUNTIME_CRASH: YES,
+    Capability.DEVICE_MEMORY_OF_OTHERS: YES,
+}
+_STRIKES = {Site.DEVICE_ERROR: trap, Site.DEVICE_ASSERT: device_assert, Site.DEVICE_ADDRESS: illegal_address}
+#: A neighbour is there for as long as its plan at most: this is for one whose plan was lost.
+_BALLAST_LIMIT_S = 600.0
+
+
+class _Neighbour(Allocation):
+    """What a neighbour process holds of the card."""
+
+    def __init__(self, ballast: DeviceBallast) -> None:
+        self._ballast = ballast
+        self.size_bytes = ballast.held_bytes
+
+    def free(self) -> None:
+        self._ballast.close()
+
+
+class CudaDevice(KeptDevice):
+    """The part of a CUDA backend that does not depend on its runtime."""
+
+    #: So much more than what is asked for stays free beside a neighbour: what the runtime rounds requests up to.
+    granularity_bytes: ClassVar[int]
+
+    @classmethod
+    def _built(cls) -> tuple[str, tuple[int, int] | None]:
+        """Name the installed runtime with its version, and give the CUDA version that it is built for.
+
+        Raises ImportError where it is not installed.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def probe(cls) -> Availability:
+        """Compare what is installed with what the environment promises, and with the driver; import nothing."""
+        try:
+            runtime, built_for = cls._built()
+        except (ImportError, ValueError) as error:
+            return Availability(False, f"{error}: nox -s memory-quick-cuda12 or -cuda13 installs it")
+        reason = refusal(runtime, built_for, promised_cuda(environment()), lambda: open_driver().version)
+        if reason is None and not open_driver().device_count():
+            reason = f"{runtime} finds a driver and no device: CUDA_VISIBLE_DEVICES may hide it"
+        if reason is not None:
+            return Availability(False, reason)
+        cuda = ".".join(map(str, built_for or ()))
+        return Availability(
+            True, runtime=f"{runtime}, CUDA {cuda}, driver for {'.'.join(map(str, open_driver().version))}"
+        )
+
+    def _named(self, device: str | None) -> tuple[str, int]:
+        name = device or "cuda:0"
+        found = re.fullmatch(r"cuda:(\d+)", name)
+        try:
+            count = open_driver().device_count()
+        except NoDriver as error:
+            raise BackendError(f"{self.name} has no device here: {error}") from None
+        if found is None or int(found[1]) >= count:
+            there = ", ".join(f"cuda:{index}" for index in range(count)) or "none"
+            raise BackendError(f"{self.name} has no device {name!r}: expected one of {there}")
+        return name, int(found[1])
+
+    def _has_the_device(self) -> None:
+        super()._has_the_device()
+        found = type(self).probe()
+        if not found.available:
+            raise BackendError(found.reason)
+
+    def _variant(self) -> dict[str, Any]:
+        return {"device": self.device}
+
+    def _total_bytes(self) -> int:
+        return open_driver().total_bytes(self._index)
+
+    def _most_bytes(self) -> tuple[int, str]:
+        return self._total_bytes(), f"what {self.device} has"
+
+    def room_bytes(self, own_bytes: int, cached_bytes: int) -> tuple[int, int]:
+        """Give how much can still be had on the card with so much in use, and how much there is in all.
+
+        What others hold is not to be had: the limit is not all that binds. ``cached_bytes`` are ours and free.
+        """
+        free, total = open_driver().memory(self._index)
+        bound = total if self._limit_bytes is None else min(self._limit_bytes, total)
+        return max(0, min(bound - own_bytes, free + cached_bytes)), total
+
+    def _on_the_cpu(self, name: str) -> Backend:
+        """Make the backend of this name to take over; it runs where no card can be seen."""
+        made = backends.create(name)
+        assert issubclass(made, DeviceBackend)
+        return made.taking_over(self._board)
+
+    # Faults.
+
+    def _check_arming(self, plan: FaultPlan) -> None:
+        if plan.site in _STRIKES:
+            require_device_faults_allowed(self._index)
+
+    def _strike_device(self, site: Site) -> None:
+        # The error that it gives is the driver's; the runtime meets its own at its next call, and that one counts.
+        _STRIKES[site](self._index)
+
+    def _fill(self, free_bytes: int) -> list[Allocation]:
+        return [_Neighbour(DeviceBallast(self._index, free_bytes + self.granularity_bytes, _BALLAST_LIMIT_S))]
+
+    def _provenance(self, site: Site) -> Provenance:
+        # A neighbour has it: nothing is left. The other faults fill the runtime's own cap.
+        return Provenance.EXHAUSTED if site is Site.DEVICE_MEMORY else super()._provenance(site)

@@ -1,0 +1,177 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["numpy>=2", "psutil>=7.2"]
+#
+# [tool.plimsoll]
+# backend = "onnxruntime-cuda"
+# tags = ["cuda", "onnxruntime"]
+#
+# [tool.plimsoll.environments.cuda12]
+# cuda = 12
+# dependencies = ["onnxruntime-gpu[cuda,cudnn]>=1.23,<1.27,!=1.24.1,!=1.25.*,!=1.26.0"]
+# reason = """\
+#     up to 1.26 it is built for CUDA 12, from 1.27 on for CUDA 13. As onnx-asr does, for speech models: not 1.24.1, \
+#     which does not follow symbolic links to a model's data; not 1.25 and 1.26.0, which do not load some quantized \
+#     models (https://github.com/microsoft/onnxruntime/issues/28306)"""
+# download-mb = 1970
+# disk-mb = 3250
+#
+# [tool.plimsoll.environments.cuda13]
+# cuda = 13
+# dependencies = ["onnxruntime-gpu[cuda,cudnn]>=1.27"]
+# reason = "from 1.27 on it is built for CUDA 13, before for CUDA 12"
+# download-mb = 1590
+# disk-mb = 2600
+# ///
+"""ONNX Runtime on an NVIDIA card: a bounded arena on the card, the fallback a session on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+from backends._cuda import CAPABILITIES, CudaDevice
+from backends._environment import onnxruntime_cuda_version
+from backends._onnxruntime import OrtBackend, quiet_options
+from backends.contract import YES, Backend, BackendError, Capability, MemoryReading, no
+from backends.errors import Diagnosis, ErrorKind, classify, note
+from backends.faults.cuda import open_driver
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
+
+_log = logging.getLogger("plimsoll.backends")
+
+T = TypeVar("T")
+
+
+class OnnxruntimeCuda(CudaDevice, OrtBackend):
+    """A card's memory as the device: the arena of the CUDA execution provider, with a cap."""
+
+    name = "onnxruntime-cuda"
+    provider = "CUDAExecutionProvider"
+    package = "onnxruntime-gpu"
+    memory_name = "cuda"
+    #: The driver hands memory out in blocks of 2 MiB.
+    granularity_bytes: ClassVar[int] = 4 << 20
+    capabilities = {
+        **CAPABILITIES,
+        Capability.EXACT_MEMORY_READING: no(
+            "ONNX Runtime has no Python call for what an arena holds; the reading is an estimate and says so",
+            "https://onnxruntime.ai/docs/api/python/api_summary.html",
+        ),
+        Capability.CACHE_OOM: YES,
+    }
+
+    @property
+    def arena(self) -> str:  # type: ignore[override]  # a card has a number
+        """What the shrinkage option calls this device's arena."""
+        return f"gpu:{self._index}"
+
+    @classmethod
+    def _built(cls) -> tuple[str, tuple[int, int] | None]:
+        try:
+            runtime = f"onnxruntime-gpu {version('onnxruntime-gpu')}"
+        except PackageNotFoundError:
+            # The CPU's package has the same module: it is told apart by what it was built for.
+            runtime = f"onnxruntime {version('onnxruntime')}"
+        return runtime, onnxruntime_cuda_version()
+
+    def fallback(self) -> Backend:
+        """Give ONNX Runtime on the CPU, unbounded: it sees no card, and shares the plans that are armed."""
+        return self._on_the_cpu("cpu")
+
+    def _has_the_device(self) -> None:
+        super()._has_the_device()
+        import onnxruntime as ort
+
+        # CUDA and cuDNN from the nvidia-* packages. What it misses it prints, and does not raise; a session does.
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            ort.preload_dlls()
+        if said.getvalue():
+            _log.warning("onnxruntime.preload_dlls: %s", " ".join(said.getvalue().split()))
+        ort.set_default_logger_severity(4)
+
+    def _options(self) -> Any:
+        options = quiet_options()
+        # Without it a session whose provider does not load, or lacks a kernel, runs on the CPU and says nothing.
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        options.use_deterministic_compute = True
+        if self._limit_bytes is not None:
+            options.add_session_config_entry("session.use_env_allocators", "1")
+        return options
+
+    def _providers(self) -> list[Any]:
+        options = {
+            "device_id": str(self._index),
+            "arena_extend_strategy": "kSameAsRequested",
+            # The others measure, and choose another kernel each time.
+            "cudnn_conv_algo_search": "DEFAULT",
+            "cudnn_conv_use_max_workspace": "0",
+            "use_tf32": "0",
+        }
+        if self._limit_bytes is not None:
+            # Of an arena of the session's own, should it not take the shared one.
+            options["gpu_mem_limit"] = str(self._limit_bytes)
+        # Alone: naming the CPU as well contradicts the refusal of falling back to it.
+        return [(self.provider, options)]
+
+    def _session(self, path: Path) -> ort.InferenceSession:
+        """Make a session, or refuse: nothing may run on the CPU unseen."""
+        try:
+            with warnings.catch_warnings():
+                # A provider that is not there is a UserWarning, and a session on the CPU.
+                warnings.simplefilter("error")
+                session = self.owned(lambda: super(OnnxruntimeCuda, self)._session(path))
+        except Exception as error:
+            if classify(error) is ErrorKind.OTHER and ("CPU EP" in str(error) or isinstance(error, UserWarning)):
+                raise BackendError(
+                    f"{path.name} would run on the CPU: {self.provider} did not load, or has no kernel for a node of "
+                    f"it ({str(error)[:200]}). CUDA and cuDNN come with pip install 'onnxruntime-gpu[cuda,cudnn]'"
+                ) from error
+            raise
+        session.disable_fallback()
+        return session
+
+    def _register_limit(self, limit_bytes: int) -> None:
+        import onnxruntime as ort
+
+        info = ort.OrtMemoryInfo("Cuda", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, self._index, ort.OrtMemType.DEFAULT)
+        # 1 is kSameAsRequested: regions as large as what was asked for, so that the cap is exact and shrinking works.
+        arena = ort.OrtArenaCfg(limit_bytes, 1, -1, -1)
+        # One arena for all sessions of the process: each session's own would have a cap of its own.
+        ort.create_and_register_allocator_v2(self.provider, info, {"device_id": str(self._index)}, arena)
+
+    def owned(self, act: Callable[[], T]) -> T:
+        """Take note that it is the card that has no memory: its arena complains in the words of the host's."""
+        try:
+            return act()
+        except Exception as error:
+            if classify(error) is ErrorKind.HOST_OOM and "requested buffer" in str(error):
+                note(error, Diagnosis(ErrorKind.DEVICE_OOM))
+            raise
+
+    def _memory_here(self) -> MemoryReading:
+        estimate = super()._memory_here()
+        room, total = self.room_bytes(estimate.used_bytes, 0)
+        bound = total if self._limit_bytes is None else min(self._limit_bytes, total)
+        binds = bound - room > estimate.used_bytes
+        source = "the card's free memory, others' use included" if binds else estimate.source
+        return MemoryReading(
+            bound - room, bound - room, self._limit_bytes, total, "device" if binds else "process", False, source
+        )
+
+    def _release_here(self) -> int:
+        before, _ = open_driver().memory(self._index)
+        super()._release_here()
+        return max(0, open_driver().memory(self._index)[0] - before)
+
+
+BACKEND = OnnxruntimeCuda

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import backends
 from backends._device import DeviceBackend
-from backends._environment import environment, promised_cuda, refusal
+from backends._build import environment, promised_cuda, refusal
 from backends._keeper import KeptDevice
 from backends.contract import (
     YES,

@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -256,7 +255,7 @@ class OrtBackend(DeviceBackend):
             return Availability(False, f"{cls.package} cannot be imported ({error}): pip install {cls.package}")
         if cls.provider not in ort.get_available_providers():
             return Availability(False, f"{cls.package} {ort.__version__} has no {cls.provider}")
-        return Availability(True, runtime=f"{cls.package} {version(cls.package)}")
+        return Availability(True, runtime=f"{cls.package} {ort.__version__}")
 
     def _session(self, path: Path) -> ort.InferenceSession:
         import onnxruntime as ort

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from backends._cuda import CAPABILITIES, CudaDevice
-from backends._environment import onnxruntime_cuda_version
+from backends._build import onnxruntime_cuda_version
 from backends._onnxruntime import OrtBackend, quiet_options
 from backends.contract import YES, Backend, BackendError, Capability, MemoryReading, no
 from backends.errors import Diagnosis, ErrorKind, classify, note

@@ -28,7 +28,7 @@ from importlib.metadata import version
 from typing import ClassVar
 
 from backends._cuda import CAPABILITIES, CudaDevice
-from backends._environment import torch_cuda_version
+from backends._build import torch_cuda_version
 from backends._torch import TorchBackend, quiet_torch
 from backends.contract import YES, Allocation, Backend, Capability, MemoryReading, no
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from backends import _environment
+from backends import _build
 from backends.faults.cuda import NoDriver
 
 ROOT = Path(__file__).resolve().parents[2]
 Install = Callable[[str, str, str], None]
-READERS = {"torch": _environment.torch_cuda_version, "onnxruntime": _environment.onnxruntime_cuda_version}
+READERS = {"torch": _build.torch_cuda_version, "onnxruntime": _build.onnxruntime_cuda_version}
 FILES = {"torch": "torch/version.py", "onnxruntime": "onnxruntime/capi/build_and_package_info.py"}
 
 
@@ -54,14 +54,14 @@ def _unasked() -> tuple[int, int]:
     [("cuda12", 12), ("cuda13", 13), ("cpu", None), (None, None), ("", None), ("cuda", None), ("mycuda12", None)],
 )
 def test_an_environment_promises_what_its_name_says(environment: str | None, promised: int | None) -> None:
-    assert _environment.promised_cuda(environment) == promised
+    assert _build.promised_cuda(environment) == promised
 
 
 def test_the_environment_is_what_the_matrix_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLIMSOLL_ENVIRONMENT", "cuda12")
-    assert _environment.environment() == "cuda12"
+    assert _build.environment() == "cuda12"
     monkeypatch.delenv("PLIMSOLL_ENVIRONMENT")
-    assert _environment.environment() is None
+    assert _build.environment() is None
 
 
 # What is installed.
@@ -80,7 +80,7 @@ def test_torch_is_built_for_what_its_version_file_says(
     install: Install, text: str, expected: tuple[int, int] | None
 ) -> None:
     install("torch", FILES["torch"], text)
-    assert _environment.torch_cuda_version() == expected
+    assert _build.torch_cuda_version() == expected
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_onnxruntime_is_built_for_what_its_package_says(
     install: Install, package: str, text: str, expected: tuple[int, int] | None
 ) -> None:
     install(package, FILES["onnxruntime"], text)
-    assert _environment.onnxruntime_cuda_version() == expected
+    assert _build.onnxruntime_cuda_version() == expected
 
 
 @pytest.mark.parametrize("runtime", READERS)
@@ -134,8 +134,8 @@ def test_what_is_read_is_what_the_installed_runtime_says(runtime: str, says: str
 def test_reading_imports_no_runtime() -> None:
     program = """
 import contextlib, sys
-from backends import _environment
-for read in (_environment.torch_cuda_version, _environment.onnxruntime_cuda_version):
+from backends import _build
+for read in (_build.torch_cuda_version, _build.onnxruntime_cuda_version):
     with contextlib.suppress(ImportError):
         read()
 print(sorted({"torch", "onnxruntime", "numpy"} & set(sys.modules)))
@@ -161,7 +161,7 @@ print(sorted({"torch", "onnxruntime", "numpy"} & set(sys.modules)))
     ],
 )
 def test_what_fits_is_not_refused(built_for: tuple[int, int], promised: int | None, newest: tuple[int, int]) -> None:
-    assert _environment.refusal("torch 2.13.0", built_for, promised, _driver(*newest)) is None
+    assert _build.refusal("torch 2.13.0", built_for, promised, _driver(*newest)) is None
 
 
 @pytest.mark.parametrize(
@@ -206,7 +206,7 @@ def test_what_fits_is_not_refused(built_for: tuple[int, int], promised: int | No
 def test_a_refusal_says_what_was_found_what_was_needed_and_what_to_do(
     built_for: tuple[int, int] | None, promised: int | None, driver: Callable[[], tuple[int, int]], expected: str
 ) -> None:
-    assert _environment.refusal("onnxruntime-gpu 1.27.0", built_for, promised, driver) == expected
+    assert _build.refusal("onnxruntime-gpu 1.27.0", built_for, promised, driver) == expected
 
 
 def test_the_onnxruntime_installed_here_is_refused_where_cuda_is_promised() -> None:
@@ -214,5 +214,5 @@ def test_the_onnxruntime_installed_here_is_refused_where_cuda_is_promised() -> N
         runtime = f"onnxruntime {version('onnxruntime')}"
     except PackageNotFoundError:
         pytest.skip("not run: the CPU build of ONNX Runtime is not installed here")
-    found = _environment.refusal(runtime, _environment.onnxruntime_cuda_version(), 12, _unasked)
+    found = _build.refusal(runtime, _build.onnxruntime_cuda_version(), 12, _unasked)
     assert found is not None and found.startswith(f"{runtime} is built without CUDA, and the environment cuda12"), found

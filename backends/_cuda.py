@@ -9,8 +9,8 @@ import re
 from typing import Any, ClassVar
 
 import backends
-from backends._device import DeviceBackend
 from backends._build import environment, promised_cuda, refusal
+from backends._device import DeviceBackend
 from backends._keeper import KeptDevice
 from backends.contract import (
     YES,
@@ -143,8 +143,9 @@ class CudaDevice(KeptDevice):
         # The error that it gives is the driver's; the runtime meets its own at its next call, and that one counts.
         _STRIKES[site](self._index)
 
-    def _fill(self, free_bytes: int) -> list[Allocation]:
-        return [_Neighbour(DeviceBallast(self._index, free_bytes + self.granularity_bytes, _BALLAST_LIMIT_S))]
+    def _fill(self, held: list[Allocation], free_bytes: int) -> list[Allocation]:
+        # A neighbour that is there already goes on taking what others free.
+        return held or [_Neighbour(DeviceBallast(self._index, free_bytes + self.granularity_bytes, _BALLAST_LIMIT_S))]
 
     def _provenance(self, site: Site) -> Provenance:
         # A neighbour has it: nothing is left. The other faults fill the runtime's own cap.

@@ -135,6 +135,8 @@ class DeviceBackend(Backend):
         """Make a backend without a memory limit, on the device of this name. Raises BackendError for one it has not."""
         self.device, self._index = self._named(device)
         self._limit_bytes: int | None = None
+        #: How many models are loaded, and what the last run of one needed at its peak.
+        self._models = self._working_set_bytes = 0
         #: Shared with the fallback, and with the workers: a plan reaches them too.
         self._board = Board()
         self._armed: list[CountingFault] = []
@@ -197,10 +199,9 @@ class DeviceBackend(Backend):
         """Run a kernel that the device stops, in this process. For backends with DEVICE_ERROR."""
         raise NotImplementedError(f"{self.name} has no {site.value}")
 
-    def _fill(self, free_bytes: int) -> list[Allocation]:
-        """Hold the device's memory so that less than ``free_bytes`` are free."""
-        held = ballast.fill(self._allocate_here, self.fill_pieces_bytes)
-        return ballast.leave(held, free_bytes)
+    def _fill(self, held: list[Allocation], free_bytes: int) -> list[Allocation]:
+        """Hold the device's memory, beyond what is held already, so that less than ``free_bytes`` are free."""
+        return ballast.leave([*held, *ballast.fill(self._allocate_here, self.fill_pieces_bytes)], free_bytes)
 
     def _provenance(self, site: Site) -> Provenance:
         """Say how this backend brings a fault about."""
@@ -217,6 +218,10 @@ class DeviceBackend(Backend):
     def _device_elsewhere(self) -> Device | None:
         """Give the device where another process has it, or None where this one has it."""
         return self._elsewhere
+
+    def _wanted_bytes(self) -> int:
+        """Say what a run like the last one needs: it counts as used, or pressure would be told only when it is late."""
+        return self._working_set_bytes if self._models else 0
 
     def _most_bytes(self) -> tuple[int, str]:
         """Give the highest limit that can be asked for, and what it is."""
@@ -483,10 +488,11 @@ class DeviceBackend(Backend):
                 # Disarmed since it struck: nobody would give back what is taken now.
                 return
             if site is Site.DEVICE_MEMORY:
-                if fault.number not in self._fault_ballast:
-                    self._release_here()
-                    self._fault_ballast[fault.number] = self._fill(fault.plan.min_bytes)
-                    self._release_here()
+                # Anew at each point: what was given back meanwhile is the others' too.
+                self._release_here()
+                held = self._fault_ballast.get(fault.number, [])
+                self._fault_ballast[fault.number] = self._fill(held, fault.plan.min_bytes)
+                self._release_here()
                 return
             self._release_here()
             pieces = ballast.fill(self._allocate_here, (CACHE_PIECE_BYTES,))

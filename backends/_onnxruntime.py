@@ -223,8 +223,7 @@ class OrtBackend(DeviceBackend):
         self._block_session: ort.InferenceSession | None = None
         self._probe_session: ort.InferenceSession | None = None
         self._held_bytes = 0
-        self._weights_bytes = self._working_set_bytes = 0
-        self._models = 0
+        self._weights_bytes = 0
 
     # What a variant says.
 
@@ -268,7 +267,7 @@ class OrtBackend(DeviceBackend):
     def _memory_here(self) -> MemoryReading:
         """Estimate: bound outputs that are held, weights, and the working set of the last run. It says so."""
         total = host_memory().total_bytes
-        used = self._held_bytes + self._weights_bytes + (self._working_set_bytes if self._models else 0)
+        used = self._held_bytes + self._weights_bytes + self._wanted_bytes()
         source = "estimate: bound outputs held, weights, and the working set of the last run as profiled"
         return MemoryReading(used, used, self._limit_bytes, total, "process", False, source)
 

@@ -60,12 +60,15 @@ class TorchModel(Model):
 
     def __init__(self, backend: TorchBackend, module: Any, spec: ModelSpec, path: Path) -> None:
         """Take a module on the backend's device."""
+        from backends._torch_model import peak_bytes
+
         self._backend, self._module, self._spec, self._path = backend, module, spec, path
         self.device = backend.device
         self.window_frames, self.chunk_frames = spec.window_frames, spec.chunk_frames
         self.vocabulary = spec.vocabulary
-        #: What a run of one window holds at its peak, and each further one; measured when it is asked for.
-        self._peaks: tuple[int, int] | None = None
+        # Measured at the load, for which there is memory now: each is a run.
+        one, two = (peak_bytes(module, spec, windows) for windows in (1, 2))
+        self._first_bytes, self._further_bytes = one, two - one
 
     def run(self, features: FloatArray) -> FloatArray:
         """Run float32 [batch, window_frames, 80]."""
@@ -83,27 +86,53 @@ class TorchModel(Model):
                 # A copy: it must not keep the whole output.
                 return np.array(scores[:, -(self.chunk_frames // 2) :].cpu().numpy())
 
-        return self._backend.run_point(lambda: self._backend.owned(once), features)
+        self._backend.about_to_run(self.working_set_bytes(len(features)))
+        try:
+            return self._backend.run_point(lambda: self._backend.owned(once), features)
+        finally:
+            self._backend.has_run()
 
     def working_set_bytes(self, batch: int) -> int:
-        """Say what dry runs of one and three windows measured, extended in proportion to the batch."""
-        from backends._torch_model import peak_bytes
-
-        if self._module is None:
-            raise ModelError(f"{self._path} was unloaded: load it again")
-        if self._peaks is None:
-            one, three = (peak_bytes(self._module, self._spec, windows) for windows in (1, 3))
-            self._peaks = one, (three - one) // 2
-        one, more = self._peaks
-        return one + more * (batch - 1)
+        """Say what runs of one and two windows were measured to hold, extended in proportion to the batch."""
+        return self._first_bytes + self._further_bytes * (batch - 1)
 
     def close(self) -> None:
         """Unload the model."""
-        self._module = None
+        if self._module is not None:
+            self._module = None
+            self._backend.unloaded()
 
 
 class TorchBackend(DeviceBackend):
     """The part of a backend that torch's devices share."""
+
+    def __init__(self, device: str | None = None) -> None:
+        """Make a backend without a memory limit."""
+        super().__init__(device)
+        #: What was in use when the run began that is going on now, if one is.
+        self._idle_bytes: int | None = None
+
+    def _in_use_bytes(self) -> int:
+        """Read what is in use of the device in this process, exactly."""
+        raise NotImplementedError
+
+    def _used_bytes(self) -> int:
+        """Give what is in use, and what a run like the last one needs on top, but for a part that is in use already."""
+        now = self._in_use_bytes()
+        return max(now, (now if self._idle_bytes is None else self._idle_bytes) + self._wanted_bytes())
+
+    def about_to_run(self, working_set_bytes: int) -> None:
+        """Take note of a run that begins."""
+        self._idle_bytes, self._working_set_bytes = self._in_use_bytes(), working_set_bytes
+
+    def has_run(self) -> None:
+        """Take note that it is over."""
+        self._idle_bytes = None
+
+    def unloaded(self) -> None:
+        """Take note that a model is gone."""
+        with self._lock:
+            self._models -= 1
 
     @classmethod
     def probe(cls) -> Availability:
@@ -138,7 +167,9 @@ class TorchBackend(DeviceBackend):
                 module = build(spec, weights)
             return TorchModel(self, module.to(self.torch_device()), spec, path)
 
-        return self.owned(load)
+        model = self.owned(load)
+        self._models += 1
+        return model
 
     def _square(self, matrix: FloatArray) -> FloatArray:
         import torch

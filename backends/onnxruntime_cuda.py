@@ -36,8 +36,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from backends._cuda import CAPABILITIES, CudaDevice
 from backends._build import onnxruntime_cuda_version
+from backends._cuda import CAPABILITIES, CudaDevice
 from backends._onnxruntime import OrtBackend, quiet_options
 from backends.contract import YES, Backend, BackendError, Capability, MemoryReading, no
 from backends.errors import Diagnosis, ErrorKind, classify, note

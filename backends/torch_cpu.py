@@ -47,6 +47,9 @@ _MMAP_THRESHOLD_BYTES = 128 << 10
 #: What a process whose device is full needs to answer: for objects of Python's own, and for small requests to malloc.
 _OBJECTS_BYTES = 8 << 20
 _HOLES, _HOLE_BYTES = 32, 60 << 10
+#: What oneDNN says when it has no memory for the code of a kernel, and, once it said so, of every further kernel that it
+#: is to make in that thread: its code generator keeps the first error, and nothing clears it (Xbyak::GetError).
+_NO_KERNEL = "could not create a primitive"
 
 
 class TorchCpu(KeptDevice, TorchBackend):
@@ -121,10 +124,13 @@ class TorchCpu(KeptDevice, TorchBackend):
         in_use_bytes = data_bytes() - self._warm_bytes
         self._cap_bytes = limits.cap_host_memory(limit_bytes - in_use_bytes)
 
+    def _in_use_bytes(self) -> int:
+        return max(0, data_bytes() - self._warm_bytes)
+
     def _memory_here(self) -> MemoryReading:
-        used = max(0, data_bytes() - self._warm_bytes)
-        total = host_memory().total_bytes
-        source = "VmData beyond that of the warm process" if self._warm_bytes else "VmData of the process"
+        used, total = self._used_bytes(), host_memory().total_bytes
+        what = "VmData beyond that of the warm process" if self._warm_bytes else "VmData of the process"
+        source = f"{what}, and what a run like the last one needs"
         return MemoryReading(used, used, self._limit_bytes, total, "process", True, source)
 
     def _allocate_here(self, size_bytes: int) -> Allocation:
@@ -142,9 +148,11 @@ class TorchCpu(KeptDevice, TorchBackend):
         try:
             return act()
         except Exception as error:
-            is_cap = resource.getrlimit(resource.RLIMIT_DATA)[0] == self._cap_bytes
-            if is_cap and classify(error) is ErrorKind.HOST_OOM:
-                note(error, Diagnosis(ErrorKind.DEVICE_OOM, Shortage.CAPPED))
+            if resource.getrlimit(resource.RLIMIT_DATA)[0] == self._cap_bytes:
+                if classify(error) is ErrorKind.HOST_OOM:
+                    note(error, Diagnosis(ErrorKind.DEVICE_OOM, Shortage.CAPPED))
+                elif _NO_KERNEL in str(error):
+                    note(error, Diagnosis(ErrorKind.DEVICE_STICKY))
             raise
 
 

@@ -27,10 +27,12 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import ClassVar
 
-from backends._cuda import CAPABILITIES, CudaDevice
 from backends._build import torch_cuda_version
+from backends._cuda import CAPABILITIES, CudaDevice
 from backends._torch import TorchBackend, quiet_torch
 from backends.contract import YES, Allocation, Backend, Capability, MemoryReading, no
+
+_SOURCE = "torch.cuda.memory_stats, and what a run like the last one needs"
 
 
 class TorchCuda(CudaDevice, TorchBackend):
@@ -80,16 +82,20 @@ class TorchCuda(CudaDevice, TorchBackend):
         fraction = 1.0 if limit_bytes is None else min(1.0, limit_bytes / total)
         torch.cuda.set_per_process_memory_fraction(fraction, self._index)
 
+    def _in_use_bytes(self) -> int:
+        import torch
+
+        return int(torch.cuda.memory_allocated(self._index))
+
     def _memory_here(self) -> MemoryReading:
         import torch
 
         stats = torch.cuda.memory_stats(self._index)
         # Nothing is in the statistics before the first allocation.
-        used, reserved, fragmented = (
-            stats.get(f"{name}.all.current", 0)
-            for name in ("allocated_bytes", "reserved_bytes", "inactive_split_bytes")
-        )
-        room, total = self.room_bytes(used, reserved - used)
+        names = ("allocated_bytes", "reserved_bytes", "inactive_split_bytes")
+        allocated, reserved, fragmented = (stats.get(f"{name}.all.current", 0) for name in names)
+        used = self._used_bytes()
+        room, total = self.room_bytes(used, max(0, reserved - allocated))
         bound = total if self._limit_bytes is None else min(self._limit_bytes, total)
         binds = bound - room > used
         return MemoryReading(
@@ -99,7 +105,7 @@ class TorchCuda(CudaDevice, TorchBackend):
             total_bytes=total,
             scope="device" if binds else "process",
             exact=True,
-            source="the card's free memory, others' use included" if binds else "torch.cuda.memory_stats",
+            source="the card's free memory, others' use included" if binds else _SOURCE,
             fragmented_bytes=fragmented,
         )
 

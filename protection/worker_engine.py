@@ -212,11 +212,18 @@ class WorkerEngine:
     def _ready_fallback(self) -> Worker:
         """Wait until the fallback's worker has loaded; start it first where there is none."""
         fallback = self._fallback or self._start_fallback()
+        unloaded, self._lingers_until_s = self._lingers_until_s is not None, None
         try:
             fallback.ready()
-            if self._lingers_until_s is not None:
-                self._lingers_until_s = None
+            if unloaded:
                 fallback.load()
+        except RuntimeFailure as error:
+            if error.kind in _POISONED:
+                self._drop(fallback)
+            else:
+                # It had no memory for the model: the next attempt needs no new process.
+                self._lingers_until_s = time.monotonic() + _LINGER_S
+            raise
         except BaseException:
             self._drop(fallback)
             raise

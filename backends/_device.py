@@ -131,6 +131,9 @@ class DeviceBackend(Backend):
     #: The smallest pieces that a full device is filled up with: below it, memory is not the device's.
     fill_pieces_bytes: ClassVar[tuple[int, ...]] = ballast.PIECES
 
+    #: Imports the runtime, where that takes long.
+    preload: ClassVar[str | None] = None
+
     def __init__(self, device: str | None = None) -> None:
         """Make a backend without a memory limit, on the device of this name. Raises BackendError for one it has not."""
         self.device, self._index = self._named(device)
@@ -310,7 +313,7 @@ class DeviceBackend(Backend):
     def share(self) -> Share:
         """Share the name, the limit, what a variant adds, and the board of faults."""
         data = {"backend": self.name, "limit_bytes": self._limit_bytes, "board": self._board.descriptor}
-        return Share(data | self._variant(), (self._board.descriptor,))
+        return Share(data | self._variant(), (self._board.descriptor,), self.preload)
 
     @classmethod
     def rebuild(cls, data: Mapping[str, Any]) -> Backend:

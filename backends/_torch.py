@@ -6,6 +6,7 @@ Torch is imported only where a device is: a process that has a backend, and no d
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -42,6 +43,12 @@ def quiet_torch() -> None:
     # Full float32: TF32 keeps 10 bits of the mantissa.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def preload() -> None:
+    """Import all that a model needs; compute nothing, and touch no device."""
+    quiet_torch()
+    importlib.import_module("backends._torch_model")
 
 
 class _Block(Allocation):
@@ -105,6 +112,8 @@ class TorchModel(Model):
 
 class TorchBackend(DeviceBackend):
     """The part of a backend that torch's devices share."""
+
+    preload = "backends._torch:preload"
 
     def __init__(self, device: str | None = None) -> None:
         """Make a backend without a memory limit."""

@@ -292,10 +292,15 @@ class Device(Protocol):
 
 @dataclass(frozen=True)
 class Share:
-    """How another process makes the same backend: ``backends.rebuild(data)``, with ``descriptors`` passed on to it."""
+    """How another process makes the same backend: ``backends.rebuild(data)``, with ``descriptors`` passed on to it.
+
+    ``preload`` is a ``module:function`` that imports the runtime, and touches no device: where that takes long, a
+    process that has called it may be forked.
+    """
 
     data: Mapping[str, Any]
     descriptors: tuple[int, ...]
+    preload: str | None = None
 
 
 class Backend(abc.ABC):

@@ -47,8 +47,8 @@ _MMAP_THRESHOLD_BYTES = 128 << 10
 #: What a process whose device is full needs to answer: for objects of Python's own, and for small requests to malloc.
 _OBJECTS_BYTES = 8 << 20
 _HOLES, _HOLE_BYTES = 32, 60 << 10
-#: What oneDNN says when it has no memory for the code of a kernel, and, once it said so, of every further kernel that it
-#: is to make in that thread: its code generator keeps the first error, and nothing clears it (Xbyak::GetError).
+#: What oneDNN says when it has no memory for the code of a kernel, and, once it said so, of every further kernel that
+#: it is to make in that thread: its code generator keeps the first error, and nothing clears it (Xbyak::GetError).
 _NO_KERNEL = "could not create a primitive"
 
 

@@ -390,9 +390,9 @@ class WorkerEngine:
         return self._backend.memory()
 
     def process_ids(self) -> Sequence[int]:
-        """This process, and the workers that run."""
-        workers = [self._device, self._fallback]
-        return [os.getpid(), *(worker.process_id for worker in workers if worker is not None and worker.alive)]
+        """This process, and the workers that run, with what they were forked from."""
+        workers = [worker for worker in (self._device, self._fallback) if worker is not None and worker.alive]
+        return [os.getpid(), *dict.fromkeys(each for worker in workers for each in worker.process_ids)]
 
     def cancel(self) -> None:
         """Have whoever waits for a worker wait no longer."""

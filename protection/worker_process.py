@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import logging
 import os
 import signal
 import socket
@@ -22,7 +23,10 @@ from typing import Any
 from backends.contract import BackendError, LimitNotEnforced, ModelError, Share, Unsupported
 from backends.errors import ErrorKind, RuntimeFailure
 from protection.channel import AwakeClock, Channel, Ended, Frame, Kind, TornMessage, Wait, until
+from protection.template import Forked, Template, TemplateLost, template_for
 from protection.worker import EXIT_HOST_SILENT, boot
+
+_log = logging.getLogger("plimsoll.protection")
 
 #: The errors of the contract, by name: what a worker refused is refused here.
 _REFUSALS = {each.__name__: each for each in (BackendError, LimitNotEnforced, ModelError, Unsupported)}
@@ -78,8 +82,8 @@ class Worker:
         """Start the process, and have it ``load`` the model at once; ``ready`` waits for it."""
         self._deadlines = deadlines
         try:
-            self._work, self._side, self._stderr, self._process = launcher.submit(
-                _launch, share.descriptors, NO_ACCELERATOR if hides_accelerator else {}
+            self._work, self._side, self._stderr, self._process, self._template = launcher.submit(
+                _launch, share, NO_ACCELERATOR if hides_accelerator else {}
             ).result()
         except (OSError, subprocess.SubprocessError) as error:
             # No descriptor, no process, no memory for one: that passes, and is nobody's fault.
@@ -110,6 +114,12 @@ class Worker:
     def process_id(self) -> int:
         """The process id."""
         return int(self._process.pid)
+
+    @property
+    def process_ids(self) -> tuple[int, ...]:
+        """Its process id, and that of the template that it was forked from, if it was."""
+        template = self._template
+        return (self.process_id,) if template is None else (self.process_id, template.process_id)
 
     @property
     def ended(self) -> bool:
@@ -308,7 +318,7 @@ class Worker:
         if first:
             self._process.kill()
             self._process.wait()
-        text = f"worker {self.process_id} " + (_how(self._process.returncode) if died else f"{cause}: {why}")
+        text = f"worker {self.process_id} " + (_how(self._process.poll() or 0) if died else f"{cause}: {why}")
         said = self._said() if first else ""
         if first:
             self._close()
@@ -376,7 +386,9 @@ def _refuse(end: socket.socket, write: bool) -> None:
     raise TimeoutError("it does not read")
 
 
-def _launch(descriptors: tuple[int, ...], hidden: Mapping[str, str]) -> tuple[Channel, Channel, int, Any]:
+def _launch(
+    share: Share, hidden: Mapping[str, str]
+) -> tuple[Channel, Channel, int, subprocess.Popen[bytes] | Forked, Template | None]:
     """Start the process. On the launcher's thread: the kernel ends a worker with the thread that started it."""
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
         ends, workers_ends = [], []
@@ -388,19 +400,31 @@ def _launch(descriptors: tuple[int, ...], hidden: Mapping[str, str]) -> tuple[Ch
         stderr = os.memfd_create("plimsoll-worker-stderr")
         ours.callback(os.close, stderr)
         append = theirs.enter_context(Path(f"/proc/self/fd/{stderr}").open("ab"))
-        process = subprocess.Popen(
-            [sys.executable, *boot(os.getpid(), *workers_ends)],
-            stdin=subprocess.DEVNULL,
-            stdout=append,
-            stderr=append,
-            pass_fds=(*workers_ends, *descriptors),
-            env={**os.environ, **hidden},
-            # Ctrl-C is the host's to handle.
-            start_new_session=True,
-        )
+        descriptors = (*workers_ends, *share.descriptors)
+        process: subprocess.Popen[bytes] | Forked | None = None
+        template: Template | None = None
+        if share.preload is not None:
+            try:
+                template = template_for(share.preload)
+                process = template.launch([str(end) for end in workers_ends], descriptors, append.fileno(), hidden)
+            except TemplateLost as error:
+                # It saves time, and is not needed.
+                _log.warning("a worker is started without its template: %s", error)
+                template = None
+        if process is None:
+            process = subprocess.Popen(
+                [sys.executable, *boot(os.getpid(), *workers_ends)],
+                stdin=subprocess.DEVNULL,
+                stdout=append,
+                stderr=append,
+                pass_fds=descriptors,
+                env={**os.environ, **hidden},
+                # Ctrl-C is the host's to handle.
+                start_new_session=True,
+            )
         ours.pop_all()
     work, side = ends
-    return Channel(work), Channel(side), stderr, process
+    return Channel(work), Channel(side), stderr, process, template
 
 
 def _failure(frame: Frame) -> Exception | None:

@@ -38,7 +38,9 @@ def quiet_torch() -> None:
         with contextlib.suppress(RuntimeError):
             torch.set_num_interop_threads(1)
     torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True)
+    # As use_deterministic_algorithms does, but for the compiler: that is imported for it, takes a second, and leaves a
+    # folder in the temporary one.
+    torch.set_deterministic_debug_mode("error")
     torch.backends.cudnn.benchmark = False
     # Full float32: TF32 keeps 10 bits of the mantissa.
     torch.backends.cudnn.allow_tf32 = False

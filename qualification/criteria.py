@@ -121,6 +121,7 @@ CRITERIA: tuple[Criterion, ...] = tuple(
         ("fallbacks", ">=", 1, "fallbacks", "CPU fallback succeeds"),
         ("answers_wrong", "==", 0, "answers", "Processing continues"),
         ("notifications", ">=", 1, "events", "User notified"),
+        ("first_answer", "<", 30.0, "s", "First right result within 30 s of the OOM"),
         ("real_time_factor", "<", 1.0, "s/s", "Real-time factor after the fallback < 1"),
     )
     + _for(
@@ -135,11 +136,13 @@ CRITERIA: tuple[Criterion, ...] = tuple(
         "test_cuda_error_recovery",
         ("errors_undetected", "==", 0, "errors", "Error detected"),
         ("recoveries", ">=", 1, "recoveries", "Recovery attempted"),
+        ("workers_kept", "==", 0, "errors", "A new worker after a sticky error"),
         ("device_healthy", "==", 1, "probes", "GPU returns to operational state"),
     )
     + _for(
         "test_repeated_cuda_errors",
         ("errors_unhandled", "==", 0, "errors", "All errors handled"),
+        ("workers_kept", "==", 0, "errors", "A new worker after each sticky error"),
         ("cpu_mode", "==", 1, "fallbacks", "CPU mode after three errors in a row"),
         ("device_healthy", "==", 1, "probes", "GPU remains available"),
         ("answers_wrong", "==", 0, "answers", "No permanent damage"),

@@ -1,6 +1,6 @@
 """Readings of NVIDIA cards beside a runtime's own counters: NVML, by nvidia-ml-py. Nothing of a card is ever set.
 
-Nothing raises either. What cannot be read is None, and a message says why: nvidia-ml-py or the driver is missing,
+No reading raises either. What cannot be read is None, and a message says why: nvidia-ml-py or the driver is missing,
 figures by process are not given (WSL2), or the process ids are those of another namespace (containers).
 """
 
@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from backends.faults.cuda import open_driver
 
 MIB = 1 << 20
 #: An idle card has some MiB in use that no process is shown for.
@@ -39,6 +41,21 @@ class GpuReading:
     name: str = ""
     displays: bool = False
     message: str = ""
+
+
+@dataclass(frozen=True)
+class Card:
+    """The card behind a CUDA device: what tells it, and its driver, apart from another machine's.
+
+    ``driver`` is empty where NVML cannot be read: ``message`` says why. ``driver_cuda`` is the driver's newest CUDA.
+    """
+
+    uuid: str
+    name: str
+    total_bytes: int
+    driver: str
+    driver_cuda: str
+    message: str
 
 
 class _Unavailable(Exception):
@@ -77,6 +94,24 @@ def read(card: str | int) -> GpuReading:
         name=ask("the name", "nvmlDeviceGetName", handle) or "",
         displays=bool(ask("whether it drives a display", "nvmlDeviceGetDisplayActive", handle)),
         message="; ".join(dict.fromkeys([*missing, *([message] if message else [])])),
+    )
+
+
+def card_of(device: str) -> Card:
+    """Look at the card behind a device such as "cuda:1", as CUDA counts in this process; nothing of it is taken.
+
+    Raises NoDriver, and DriverError for a device that is not there.
+    """
+    driver, number = open_driver(), int(device.removeprefix("cuda:"))
+    uuid = driver.uuid(number)
+    reading = read(uuid)
+    return Card(
+        uuid=uuid,
+        name=driver.name(number),
+        total_bytes=driver.total_bytes(number),
+        driver=reading.driver,
+        driver_cuda=".".join(map(str, driver.version)),
+        message=reading.message,
     )
 
 

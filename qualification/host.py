@@ -51,6 +51,7 @@ class Job:
     subject: str
     workdir: str
     backend: str
+    device: str
     model: str
     audio: str
     device_limit_bytes: int
@@ -114,7 +115,7 @@ def _run(job: Job) -> int:
     from qualification.stream import Stream
     from qualification.subject import SubjectContext, load_factory
 
-    backend = backends.create(job.backend)()
+    backend = backends.create(job.backend)(job.device)
     backend.limit_memory(job.device_limit_bytes)
     context = SubjectContext(
         workdir=Path(job.workdir),

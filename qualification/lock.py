@@ -1,4 +1,7 @@
-"""One lock for each machine and device: two qualifications at once would measure each other."""
+"""One lock for each machine and device: two qualifications at once would measure each other.
+
+A card is locked by its UUID, whichever backend uses it; a backend whose device is host memory by its own name.
+"""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import os
 import shlex
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -20,13 +21,23 @@ from typing import Any
 import pytest
 
 from backends.contract import Backend, Capability, Unsupported
+from backends.faults.cuda import ALLOW_DEVICE_FAULTS
 from backends.model import DEFAULT_MODEL
 from qualification.criteria import DEVICE_LIMIT, Criterion
 from qualification.host import MB, Hosted, Job
 from qualification.judge import Judge
 from qualification.progress import Progress
 from qualification.records import RecordError
-from qualification.run import DEFAULT_AUDIO, DEFAULT_RESULTS, ROOT, Refused, Run, prepare
+from qualification.run import (
+    DEFAULT_AUDIO,
+    DEFAULT_RESULTS,
+    ROOT,
+    Refused,
+    Run,
+    device_faults_allowed,
+    prepare,
+)
+from qualification.sampling import Sampler
 from qualification.stream import Stream
 from qualification.subject import DEFAULT_SUBJECT, Result, Subject, SubjectContext, absolute
 from qualification.survival import Unfinished
@@ -47,6 +58,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """Add what a run can be told."""
     group = parser.getgroup("plimsoll", "qualification (Plimsoll)")
     group.addoption("--backend", metavar="NAME", help="backend to qualify on (default: the first that is available)")
+    group.addoption("--device", metavar="NAME", help="device of the backend, such as cuda:1 (default: its first)")
     group.addoption("--subject", metavar="MODULE:FACTORY", default=DEFAULT_SUBJECT, help="application to qualify")
     group.addoption("--model", metavar="FILE.onnx", type=Path, default=DEFAULT_MODEL, help="acoustic model to load")
     group.addoption("--audio", metavar="FILE.wav", type=Path, default=DEFAULT_AUDIO, help="speech, 16 kHz mono 16-bit")
@@ -54,6 +66,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--results", metavar="FOLDER", type=Path, default=DEFAULT_RESULTS, help="folder for the records")
     group.addoption(
         "--lock-wait", metavar="SECONDS", type=_seconds, default=0.0, help="queue behind another run so long"
+    )
+    group.addoption(
+        "--allow-shared-gpu",
+        action="store_true",
+        help="exhaust a GPU that other processes use, or that drives a display",
+    )
+    group.addoption(
+        "--allow-device-faults",
+        action="store_true",
+        help="let kernels trap on the GPU: its driver logs Xids, which monitors act on",
     )
 
 
@@ -112,13 +134,18 @@ def _expect_failure(item: pytest.Item, run: Run, needed: Sequence[Capability]) -
 def _prepare(config: pytest.Config) -> Run:
     """Check everything that was given, before anything runs."""
     option = config.getoption
+    if option("--allow-device-faults"):
+        # For the processes below: it is in one of them that a device fault is brought about.
+        os.environ[ALLOW_DEVICE_FAULTS] = "1"
     try:
         return prepare(
             backend=option("--backend"),
+            device=option("--device"),
             subject=option("--subject"),
             model=option("--model"),
             audio=option("--audio"),
             criteria=option("--criteria"),
+            allow_shared_gpu=option("--allow-shared-gpu"),
         )
     except Refused as error:
         raise pytest.UsageError(str(error)) from error
@@ -153,7 +180,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             "they start would wait for the lock that this one holds. Run nox -s tests, or name their folder alone"
         )
     try:
-        run.take_lock(config.getoption("--lock-wait"), partial(_say, config))
+        run.take_device(config.getoption("--lock-wait"), partial(_say, config))
         path = run.begin_records(config.getoption("--results"))
     except Refused as error:
         raise pytest.UsageError(str(error)) from error
@@ -275,6 +302,8 @@ def _with_four_lines(item: pytest.Item, run: Run, judge: Judge, longrepr: Any) -
 def _repeat_command(item: pytest.Item, run: Run) -> str:
     option = item.config.getoption
     words = ["python", "-m", "pytest", item.nodeid, "--backend", run.backend.name]
+    if option("--device"):
+        words += ["--device", option("--device")]
     began_in = item.config.invocation_params.dir
     subject = option("--subject")
     if subject != DEFAULT_SUBJECT:
@@ -283,6 +312,8 @@ def _repeat_command(item: pytest.Item, run: Run) -> str:
     for name, default in (("--model", DEFAULT_MODEL), ("--audio", DEFAULT_AUDIO), ("--criteria", None)):
         if option(name) != default:
             words += [name, _from_root(began_in, option(name))]
+    allowed = {"--allow-shared-gpu": run.allow_shared_gpu, "--allow-device-faults": device_faults_allowed()}
+    words += [name for name, is_allowed in allowed.items() if is_allowed]
     return shlex.join(words)
 
 
@@ -356,7 +387,7 @@ def new_backend(request: pytest.FixtureRequest) -> Iterator[Callable[[int], Back
     made: list[Backend] = []
 
     def make(limit_bytes: int) -> Backend:
-        backend = request.config.stash[_RUN].backend()
+        backend: Backend = request.config.stash[_RUN].new_backend()
         made.append(backend)
         backend.limit_memory(limit_bytes)
         return backend
@@ -370,6 +401,13 @@ def new_backend(request: pytest.FixtureRequest) -> Iterator[Callable[[int], Back
 def backend(new_backend: Callable[[int], Backend], device_limit_bytes: int) -> Backend:
     """The backend, its device limited and the limit proved."""
     return new_backend(device_limit_bytes)
+
+
+@pytest.fixture
+def new_sampler(request: pytest.FixtureRequest) -> Callable[[Subject], Sampler]:
+    """Make samplers of a subject's processes, and of the card that it is on, where it is on one."""
+    card = request.config.stash[_RUN].card
+    return lambda subject: Sampler(subject.process_ids, card=card.uuid if card else None)
 
 
 @pytest.fixture
@@ -421,7 +459,7 @@ def undisturbed(
 
     def make(*stops: int, drain_s: float = 60.0) -> Sequence[Result]:
         # Without a limit: a second capped device in one process would take the first one's place.
-        backend = request.config.stash[_RUN].backend()
+        backend = request.config.stash[_RUN].new_backend()
         subject = new_subject(backend, workdir=f"undisturbed-{time.monotonic_ns()}")
         start = 0
         for stop in stops:
@@ -453,6 +491,7 @@ def hosted(request: pytest.FixtureRequest, tmp_path: Path, device_limit_bytes: i
             subject=absolute(run.subject_spec),
             workdir=str(tmp_path / workdir),
             backend=run.backend.name,
+            device=run.device,
             model=str(run.model.resolve()),
             audio=str(run.audio.resolve()),
             device_limit_bytes=device_limit_bytes,

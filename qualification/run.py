@@ -8,16 +8,17 @@ import inspect
 import os
 import platform
 import subprocess
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import backends
-from backends.contract import Backend
-from qualification import __version__
+from backends.contract import Backend, BackendError
+from backends.faults.cuda import ALLOW_DEVICE_FAULTS, DriverError, NoDriver
+from qualification import __version__, gpu
 from qualification.audio import AudioError, load_wav
 from qualification.criteria import Criteria, CriteriaError
 from qualification.lock import DeviceLock, LockBusy
@@ -28,6 +29,8 @@ from qualification.subject import Subject, SubjectContext, SubjectError, load_fa
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_AUDIO = ROOT / "tests" / "data" / "speech.wav"
 DEFAULT_RESULTS = ROOT / "results"
+#: The matrix sets it to the name of the environment that is installed.
+_ENVIRONMENT = "PLIMSOLL_ENVIRONMENT"
 
 
 class Refused(ValueError):
@@ -39,6 +42,9 @@ class Run:
     """Everything that a run was given, checked."""
 
     backend: type[Backend]
+    #: The device's name, and the card behind it where that is one.
+    device: str
+    card: gpu.Card | None
     environment: str
     runtime: str
     subject_spec: str
@@ -47,6 +53,8 @@ class Run:
     audio: Path
     samples: Any
     criteria: Criteria
+    #: Whether a card may be exhausted that others use as well.
+    allow_shared_gpu: bool = False
     lock: DeviceLock | None = None
     records: RecordWriter | None = None
     tests: list[str] = field(default_factory=list)
@@ -59,18 +67,46 @@ class Run:
             f"plimsoll {__version__}: qualifying {self.subject_spec}",
             f"  on backend {self.backend.name} in environment {self.environment} ({self.runtime}, "
             f"Python {platform.python_version()})",
+            *self._about_the_card(),
             f"  model {self.model.name} (sha256 {_digest(self.model)[:12]}), audio {self.audio.name} "
             f"({seconds:.1f} s, sha256 {_digest(self.audio)[:12]})",
             f"  criteria: {self.criteria.source}" + (f" with {changed}" if changed else ""),
             f"  records: {self.records.path if self.records else 'none'}",
         ]
 
-    def take_lock(self, wait_s: float, say: Callable[[str], None] | None = None) -> None:
-        """Have the device to ourselves, queueing at most ``wait_s`` seconds, and saying so. Raises Refused."""
+    def _about_the_card(self) -> list[str]:
+        card = self.card
+        if card is None:
+            return []
+        driver = f"driver {card.driver or 'unknown'} for CUDA {card.driver_cuda}"
+        line = f"  device {self.device}: {card.name}, {card.total_bytes / 1e9:.1f} GB, {driver}, {card.uuid}"
+        return [line, *([f"  not all of it can be read: {card.message}"] if card.message else [])]
+
+    def new_backend(self) -> Backend:
+        """Make the backend on the device that is qualified. Raises BackendError."""
+        return self.backend(self.device)
+
+    def take_device(self, wait_s: float, say: Callable[[str], None] | None = None) -> None:
+        """Have the device to ourselves, queueing at most ``wait_s`` seconds, and saying so; load the model once.
+
+        Raises Refused: another qualification or other programs use it, or the model does not load.
+        """
         try:
-            self.lock = DeviceLock(self.backend.name, wait_s, say=say)
+            self.lock = DeviceLock(self.card.uuid if self.card else self.backend.name, wait_s, say=say)
         except LockBusy as error:
             raise Refused(str(error)) from error
+        # Behind the lock, so that another qualification is waited for; and before a process of ours has the card.
+        if self.card and (shared := gpu.refuse_shared(self.card.uuid, self.allow_shared_gpu)):
+            raise Refused(shared)
+        self._try_model()
+
+    def _try_model(self) -> None:
+        """A model that does not load is refused now, and not a failure of every test."""
+        try:
+            with contextlib.closing(self.new_backend()) as backend:
+                backend.load(self.model).close()
+        except Exception as error:
+            raise Refused(f"--model {self.model}: {error}") from error
 
     def begin_records(self, folder: Path, **more: Any) -> Path:
         """Write the first line of the records, with ``more`` in it; give their file. Raises Refused."""
@@ -106,6 +142,7 @@ class Run:
             "suite_commit": _commit(),
             "subject": self.subject_spec,
             "backend": self.backend.name,
+            "device": {"name": self.device, "card": asdict(self.card) if self.card else None},
             "environment": self.environment,
             "runtime": self.runtime,
         }
@@ -123,7 +160,7 @@ class Run:
 
     def _about(self) -> dict[str, Any]:
         pins = ROOT / "constraints" / f"{self.environment}.txt"
-        names = ("onnxruntime", "torch", "numpy", "psutil", "pytest")
+        gpus, no_gpus = gpu.machine_gpus()
         return {
             **self.identity(),
             "machine": {
@@ -131,9 +168,12 @@ class Run:
                 "processors": os.cpu_count(),
                 "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
                 "python": platform.python_version(),
+                "gpus": gpus,
+                "gpus_unread": no_gpus or None,
             },
-            "driver": None,
-            "versions": {name: _version(name) for name in names if _version(name)},
+            "driver": next((each["driver"] for each in gpus), None),
+            "allowed": {"shared_gpu": self.allow_shared_gpu, "device_faults": device_faults_allowed()},
+            "versions": _versions(),
             "pins_sha256": _digest(pins) if pins.is_file() else None,
             "model_sha256": _digest(self.model),
             "audio_sha256": _digest(self.audio),
@@ -143,18 +183,31 @@ class Run:
         }
 
 
-def prepare(*, backend: str | None, subject: str, model: Path, audio: Path, criteria: Path | None = None) -> Run:
-    """Check everything that was given, before anything runs. Raises Refused."""
+def prepare(
+    *,
+    backend: str | None,
+    device: str | None,
+    subject: str,
+    model: Path,
+    audio: Path,
+    criteria: Path | None = None,
+    allow_shared_gpu: bool = False,
+) -> Run:
+    """Check everything that was given, before anything runs; the device is not touched. Raises Refused."""
     refused = refusal() or disk_refusal(ROOT)
     if refused:
         raise Refused(refused)
     chosen, runtime = _choose_backend(backend)
+    needs = _environment_of(chosen)
+    its_device, card = _choose_device(chosen, device, needs.cuda is not None)
     if not model.is_file():
         raise Refused(f"--model {model}: there is no such file; expected an acoustic model for the backend")
     try:
-        run = Run(
+        return Run(
             backend=chosen,
-            environment=_environment_of(chosen.name),
+            device=its_device,
+            card=card,
+            environment=needs.name,
             runtime=runtime,
             subject_spec=subject,
             factory=load_factory(subject),
@@ -162,11 +215,15 @@ def prepare(*, backend: str | None, subject: str, model: Path, audio: Path, crit
             audio=audio,
             samples=load_wav(audio),
             criteria=Criteria.load(criteria) if criteria else Criteria(),
+            allow_shared_gpu=allow_shared_gpu,
         )
     except (SubjectError, AudioError, CriteriaError) as error:
         raise Refused(str(error)) from error
-    _try_model(run)
-    return run
+
+
+def device_faults_allowed() -> bool:
+    """Whether the processes below this one may bring about faults that poison a card's context."""
+    return os.environ.get(ALLOW_DEVICE_FAULTS) == "1"
 
 
 def _choose_backend(name: str | None) -> tuple[type[Backend], str]:
@@ -187,24 +244,39 @@ def _choose_backend(name: str | None) -> tuple[type[Backend], str]:
     raise Refused(f"no backend can run here, so nothing can be qualified: {reasons}")
 
 
-def _environment_of(name: str) -> str:
-    """Give the environment that this runs in: what nox says, or the backend's first. Raises Refused."""
-    declared = next(each.environments for each in backends.declared() if each.name == name)
-    asked = os.environ.get("PLIMSOLL_ENVIRONMENT") or declared[0]
-    if asked not in declared:
-        raise Refused(f"PLIMSOLL_ENVIRONMENT is {asked!r}: backend {name} is declared for {', '.join(declared)}")
-    return asked
-
-
-def _try_model(run: Run) -> None:
-    """A model that does not load is refused now, and not a failure of every test."""
-    backend = run.backend()
+def _choose_device(backend: type[Backend], asked: str | None, is_card: bool) -> tuple[str, gpu.Card | None]:
+    """Give the device's name, and its card where it is one. Raises Refused for one that the backend does not have."""
     try:
-        backend.load(run.model).close()
-    except Exception as error:
-        raise Refused(f"--model {run.model}: {error}") from error
+        with contextlib.closing(backend(asked)) as made:
+            return made.device, gpu.card_of(made.device) if is_card else None
+    except (BackendError, NoDriver, DriverError) as error:
+        raise Refused(f"--device {asked}: {error}" if asked else str(error)) from error
+
+
+def _environment_of(backend: type[Backend]) -> backends.Environment:
+    """Give the environment that this runs in: the one that nox names, or else what is installed. Raises Refused."""
+    declared = next(each.needs for each in backends.declared() if each.name == backend.name)
+    asked = os.environ.get(_ENVIRONMENT)
+    if not asked:
+        return next(iter(declared.values())) if len(declared) == 1 else _installed(backend, declared)
+    if asked not in declared:
+        raise Refused(f"{_ENVIRONMENT} is {asked!r}: backend {backend.name} is declared for {', '.join(declared)}")
+    return declared[asked]
+
+
+def _installed(backend: type[Backend], declared: Mapping[str, backends.Environment]) -> backends.Environment:
+    """Find the environment that is installed: the backend itself compares it with what a name promises."""
+    reasons = []
+    try:
+        for name, found in declared.items():
+            os.environ[_ENVIRONMENT] = name
+            availability = backend.probe()
+            if availability.available:
+                return found
+            reasons.append(f"{name}: {availability.reason}")
     finally:
-        backend.close()
+        del os.environ[_ENVIRONMENT]
+    raise Refused(f"what is installed is none of {backend.name}'s environments: {'; '.join(reasons)}")
 
 
 def _digest(path: Path) -> str:
@@ -223,11 +295,13 @@ def _sources_digest(factory: Callable[..., Any]) -> str:
     return digest.hexdigest()
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+def _versions() -> dict[str, str]:
+    """Give the installed versions of what matters, NVIDIA's libraries included: they say which CUDA it is."""
+    names = ("numpy", "onnxruntime", "onnxruntime-gpu", "psutil", "pytest", "torch")
+    # The first on the path is the one that is imported.
+    there = reversed([*metadata.distributions()])
+    found = {(each.name or "").lower().replace("_", "-"): each.version for each in there}
+    return {name: found[name] for name in sorted(found) if name in names or name.startswith("nvidia-")}
 
 
 def _commit() -> str | None:

@@ -143,14 +143,21 @@ def _main(options: argparse.Namespace, words: Sequence[str], ending: Ending) -> 
     spool_bytes = int(duration_s * SPOOL_BYTES_PER_S)
     if refused := disk_refusal(Path(tempfile.gettempdir()), MINIMUM_FREE_DISK_BYTES + spool_bytes):
         raise Refused(f"--duration {options.duration:g}: the audio of the whole run is kept, so {refused}")
-    run = prepare(backend=options.backend, subject=options.subject, model=options.model, audio=options.audio)
+    run = prepare(
+        backend=options.backend,
+        device=options.device,
+        subject=options.subject,
+        model=options.model,
+        audio=options.audio,
+        allow_shared_gpu=options.allow_shared_gpu,
+    )
     run.tests = [TEST]
 
     with ExitStack() as stack:
         stack.callback(run.release_lock)
-        run.take_lock(options.lock_wait, lambda line: print(line, flush=True))
+        run.take_device(options.lock_wait, lambda line: print(line, flush=True))
         with ExitStack() as pressure:
-            backend = pressure.enter_context(closing(run.backend()))
+            backend = pressure.enter_context(closing(run.new_backend()))
             held = _hold_device(backend, options.gpu_pressure * MB, _needed_bytes(run))
             pressure.callback(free, held)
             # Again, now that the device has taken its share, which may have been the host's.
@@ -213,6 +220,7 @@ def _parser() -> argparse.ArgumentParser:
         "how often recording is stopped and started",
     )
     add("--backend", "NAME", None, str, "backend to run on (default: the first that is available)")
+    add("--device", "NAME", None, str, "device of the backend, such as cuda:1 (default: its first)")
     add("--subject", "MODULE:FACTORY", DEFAULT_SUBJECT, str, "application to stress")
     parser.add_argument("--model", metavar="FILE", type=Path, default=DEFAULT_MODEL, help="acoustic model to load")
     parser.add_argument(
@@ -222,6 +230,11 @@ def _parser() -> argparse.ArgumentParser:
         "--results", metavar="FOLDER", type=Path, default=DEFAULT_RESULTS, help="folder for the records"
     )
     add("--lock-wait", "SECONDS", 0.0, _number("seconds", 0, 86_400), "queue behind another run so long")
+    parser.add_argument(
+        "--allow-shared-gpu",
+        action="store_true",
+        help="hold memory of a GPU that other processes use, or that drives a display",
+    )
     return parser
 
 
@@ -259,7 +272,7 @@ def _require_host_memory(size_bytes: int, reserve_bytes: int) -> None:
 
 def _needed_bytes(run: Run) -> int:
     """Say what the model needs of the device for a full batch, weights included."""
-    with closing(run.backend()) as backend:
+    with closing(run.new_backend()) as backend:
         before = backend.memory().used_bytes
         with closing(backend.load(run.model)) as model:
             return max(0, backend.memory().used_bytes - before) + model.working_set_bytes(FULL_BATCH)
@@ -327,7 +340,7 @@ class Recording:
         self._duration_s, self._toggle_interval_s = duration_s, toggle_interval_s
         self._stream = Stream(run.samples)
         self._process_ids: Callable[[], Sequence[int]] = tuple
-        self._sampler = Sampler(lambda: self._process_ids())
+        self._sampler = Sampler(lambda: self._process_ids(), card=run.card.uuid if run.card else None)
         self._progress = Progress("stress", duration_s, _write, sys.stdout.isatty())
         self._slope_bytes_per_s: float | None = None
         self._elapsed_s = 0.0
@@ -461,7 +474,7 @@ class Recording:
         else:
             resident, span_s = verdicts["rss_bytes"], float(np.ptp(self._sampler.series("rss_bytes")[0]))
             found = sum(each.verdict == "leak" for each in verdicts.values())
-            judge("leak_detected", found, series={name: self._sampler.points(name) for name in verdicts})
+            judge("leak_detected", found, series=self._sampler.recorded())
             judge("growth_rate", resident.slope_bytes_per_s / MB)
             judge("total_growth", resident.upper * span_s / MB)
         judge.end("not_run", "the subject failed before this could be judged" if self._crash else "; ".join(missing))
@@ -481,7 +494,7 @@ class Recording:
             "  left       " + ", ".join(f"{count} {name}" for name, count in self._left().items()),
         ]
         verdicts = self._leak_verdicts()
-        for name in self._read_series() if self._first else ():
+        for name in self._sampler.memory_series if self._first else ():
             verdict, used = verdicts.get(name), self._sampler.series(name)[1]
             slope = "no verdict yet"
             if verdict is not None:
@@ -502,16 +515,12 @@ class Recording:
             name: max(0, getattr(last, name) - getattr(first, name)) for name in ("descriptors", "threads", "children")
         }
 
-    def _read_series(self) -> list[str]:
-        heap_known = self._first is not None and self._first.heap_known
-        return [name for name in _SERIES if heap_known or name != "heap_used_bytes"]
-
     def _leak_verdicts(self) -> dict[str, leaks.LeakVerdict]:
         """Judge each series; none before there is enough to judge by."""
         t_s = self._sampler.series("rss_bytes")[0]
         if len(t_s) < leaks.SAMPLES_MIN or t_s[-1] - t_s[0] < LEAKS_AFTER_S:
             return {}
-        return {name: leaks.judge(*self._sampler.series(name)) for name in self._read_series()}
+        return {name: leaks.judge(*self._sampler.series(name)) for name in self._sampler.memory_series}
 
 
 def _table(judge: Judge) -> list[str]:

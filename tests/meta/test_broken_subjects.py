@@ -42,7 +42,7 @@ DEFECTS = [
     ("drops_a_block", BUFFER, {"samples_different"}),
     ("falls_back_silently", FALLBACK, {"notifications"}),
     ("keeps_every_buffer", SUSTAINED, {"growth_rate", "leak_detected"}),
-    ("returns_zeros_on_oom", FALLBACK, {"answers_wrong", "ooms_undetected"}),
+    ("returns_zeros_on_oom", FALLBACK, {"answers_wrong", "first_answer", "ooms_undetected"}),
     ("acknowledges_before_it_stores", KILL, {"samples_lost"}),
     ("leaks_at_each_toggle", TOGGLE, {"resources_left"}),
     ("counts_no_ooms", DETECTION, {"ooms_uncounted"}),

@@ -51,10 +51,11 @@ class Job:
     subject: str
     workdir: str
     backend: str
-    device: str
     model: str
     audio: str
     device_limit_bytes: int
+    #: The backend's device (None: its first).
+    device: str | None = None
     #: Feed up to this position, in blocks of this size, with this pause after each call.
     stop: int = 16_000
     block_samples: int = 1_600

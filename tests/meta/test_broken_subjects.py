@@ -130,6 +130,14 @@ def test_a_failure_begins_with_the_four_lines(tmp_path: Path) -> None:
     assert f"{FALLBACK} --backend cpu --subject {BROKEN}:falls_back_silently" in section[begin + 3]
 
 
+def test_the_command_that_repeats_a_failure_has_the_device_and_what_was_allowed(tmp_path: Path) -> None:
+    options = ("--device", "cpu:arena", "--allow-shared-gpu", "--allow-device-faults")
+    run = qualify(tmp_path / "results", FALLBACK, "--subject", f"{BROKEN}:falls_back_silently", *options)
+    repeat = next(line for line in run.output.splitlines() if line.startswith("repeat:"))
+    assert "--backend cpu --device cpu:arena --subject" in repeat, repeat
+    assert repeat.endswith("--allow-shared-gpu --allow-device-faults"), repeat
+
+
 def test_a_subject_that_answers_nothing_is_no_reference(tmp_path: Path) -> None:
     run = qualify(tmp_path / "results", STATE, "--subject", f"{BROKEN}:answers_nothing")
     assert run.status == 1 and "answers nothing even when nothing happens to it" in run.output, run.output[-2000:]

@@ -31,6 +31,12 @@ def test_unknown_backend_names_the_nearest(tmp_path: Path) -> None:
     assert "cpu" in refused(tmp_path, "--backend", "cpuu")
 
 
+def test_a_device_that_the_backend_does_not_have(tmp_path: Path) -> None:
+    assert "--device cuda:1: cpu has no device 'cuda:1': expected 'cpu:arena'" in refused(
+        tmp_path, "--device", "cuda:1"
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

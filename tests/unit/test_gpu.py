@@ -161,6 +161,18 @@ def test_the_driver_that_is_missing_is_named() -> None:
     assert reason.startswith("the NVIDIA driver's NVML cannot be used: "), f"it says {reason}"
 
 
+def test_there_is_no_card_behind_a_device_without_a_driver() -> None:
+    from backends.faults.cuda import NoDriver, open_driver
+
+    try:
+        open_driver()
+    except NoDriver as error:
+        with pytest.raises(NoDriver, match=re.escape(str(error))):
+            gpu.card_of("cuda:0")
+        return
+    pytest.skip("not run: there is an NVIDIA driver here")
+
+
 @pytest.mark.gpu
 def test_a_card_is_read_by_its_number_and_by_its_uuid_alike() -> None:
     reason = _unavailable()
@@ -175,5 +187,8 @@ def test_a_card_is_read_by_its_number_and_by_its_uuid_alike() -> None:
     reading = gpu.read(driver.uuid(0))
     assert reading.total_bytes is not None and reading.total_bytes >= driver.total_bytes(0), f"read {reading}"
     assert reading.name == driver.name(0) and reading.driver, f"read {reading}"
+    card = gpu.card_of("cuda:0")
+    assert (card.uuid, card.name, card.total_bytes) == (driver.uuid(0), driver.name(0), driver.total_bytes(0))
+    assert card.driver == reading.driver and card.message == reading.message, f"the card is {card}"
     cards, reason = gpu.machine_gpus()
     assert reason == "" and reading.name in [card["name"] for card in cards], f"the machine has {cards}"

@@ -12,7 +12,8 @@ import numpy as np
 import psutil
 import pytest
 
-from qualification.sampling import SERIES, Sample, Sampler, take
+from qualification.records import thin
+from qualification.sampling import SERIES, UNREAD, Sample, Sampler, take
 
 SIZE_BYTES = 64 * 1024 * 1024
 
@@ -130,6 +131,18 @@ def test_replaced_workers_are_followed() -> None:
     _end(child)
     more = both.rss_bytes - alone.rss_bytes
     assert more > SIZE_BYTES, f"a new worker of {SIZE_BYTES} bytes added {more}"
+
+
+def test_a_card_that_cannot_be_read_is_no_number_in_the_record() -> None:
+    """No machine has this card: its series is there, of readings that are missing, and no card's is otherwise."""
+    sampler = Sampler(card="GPU-00000000-0000-0000-0000-000000000000")
+    assert sampler.sample(5).card_used_bytes == UNREAD
+    recorded = sampler.recorded()
+    ((t_s, _),) = recorded["device_used_bytes"]
+    assert thin(recorded["card_used_bytes"]) == [[t_s, None]], f"recorded is {recorded}"
+    assert "card_used_bytes" not in sampler.memory_series
+    without = Sampler()
+    assert without.sample().card_used_bytes == 0 and "card_used_bytes" not in without.recorded()
 
 
 def test_every_number_has_a_series() -> None:

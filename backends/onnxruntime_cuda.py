@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["numpy>=2", "psutil>=7.2"]
+# dependencies = ["numpy>=2", "nvidia-ml-py>=13", "psutil>=7.2"]
 #
 # [tool.plimsoll]
 # backend = "onnxruntime-cuda"

@@ -1,6 +1,6 @@
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["numpy>=2", "psutil>=7.2"]
+# dependencies = ["numpy>=2", "nvidia-ml-py>=13", "psutil>=7.2"]
 #
 # [tool.plimsoll]
 # backend = "torch-cuda"
@@ -16,7 +16,7 @@
 # [tool.plimsoll.environments.cuda13]
 # cuda = 13
 # dependencies = ["torch>=2.11,<2.14"]
-# reason = "from 2.11 on torch is built for CUDA 13, before for CUDA 12; 2.13 is the last that was tried"
+# reason = "from 2.11 on torch is built for CUDA 13, before for CUDA 12; newer than 2.13 was not tried, and there only the CPU build"
 # download-mb = 3020
 # disk-mb = 5800
 # ///

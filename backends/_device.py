@@ -40,7 +40,7 @@ from backends.contract import (
     Site,
     Unsupported,
 )
-from backends.errors import classify
+from backends.errors import ErrorKind, classify
 from backends.faults import ballast, limits
 from backends.faults.plan import Board, CountingFault
 from backends.host import available_bytes
@@ -367,7 +367,8 @@ class DeviceBackend(Backend):
                             return self._watched(lambda: self._load(path), [fault])
                 return self._load(path)
         except Exception as error:
-            if classify(error).is_oom or isinstance(error, BackendError | OSError):
+            # The file is to blame only for what neither memory nor the device is.
+            if classify(error) is not ErrorKind.OTHER or isinstance(error, BackendError | OSError):
                 raise
             raise ModelError(f"{path} does not load: {type(error).__name__}: {str(error)[:300]}") from error
 

@@ -177,8 +177,12 @@ def _working_set(path: Path) -> tuple[int, int, int]:
             # What the kernel took and gave back while it ran.
             workspace = highest - int(args["mem_bytes_in_use"]) if highest > before else 0
             peak = max(peak, in_use + workspace)
+        elif "output_size" in args:
+            # Before 1.28 only what a node takes and gives, without weights: those are all that the file has.
+            weights = stat.st_size
+            peak = max(peak, weights + int(args["activation_size"]) + int(args["output_size"]))
     if len(peaks) != len(batches) or not peaks[0]:
-        raise ModelError(f"ONNX Runtime {ort.__version__} gives no memory figures in its profile: 1.28 or newer does")
+        raise ModelError(f"ONNX Runtime {ort.__version__} gives no memory figures in its profile: 1.24 or newer does")
     per_item = max(0, (peaks[1] - peaks[0]) // (batches[1] - batches[0]))
     _working_sets[key] = (weights, max(0, peaks[0] - weights - per_item), per_item)
     return _working_sets[key]
@@ -259,7 +263,8 @@ class OrtBackend(DeviceBackend):
     def _session(self, path: Path) -> ort.InferenceSession:
         import onnxruntime as ort
 
-        session = ort.InferenceSession(str(path), self._options(), providers=self._providers())
+        # Where the provider fails, Python would make another session, on the CPU, and print that.
+        session = ort.InferenceSession(str(path), self._options(), providers=self._providers(), enable_fallback=False)
         if session.get_providers()[0] != self.provider:
             raise ModelError(f"the runtime gave {session.get_providers()} where {self.provider} was asked for")
         return session

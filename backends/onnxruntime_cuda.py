@@ -29,24 +29,23 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
+import numpy as np
+
 from backends._build import onnxruntime_cuda_version
 from backends._cuda import CAPABILITIES, CudaDevice
 from backends._onnxruntime import OrtBackend, quiet_options
 from backends.contract import YES, Backend, BackendError, Capability, MemoryReading, no
-from backends.errors import Diagnosis, ErrorKind, classify, note
-from backends.faults.cuda import open_driver
+from backends.errors import Diagnosis, ErrorKind, Shortage, classify, note
+from backends.faults.cuda import DriverError, open_driver
 
 if TYPE_CHECKING:
     import onnxruntime as ort
-
-_log = logging.getLogger("plimsoll.backends")
 
 T = TypeVar("T")
 
@@ -60,6 +59,8 @@ class OnnxruntimeCuda(CudaDevice, OrtBackend):
     memory_name = "cuda"
     #: The driver hands memory out in blocks of 2 MiB.
     granularity_bytes: ClassVar[int] = 4 << 20
+    #: Which of CUDA's libraries were not found in this process, in the runtime's words.
+    _missing = ""
     capabilities = {
         **CAPABILITIES,
         Capability.EXACT_MEMORY_READING: no(
@@ -76,12 +77,13 @@ class OnnxruntimeCuda(CudaDevice, OrtBackend):
 
     @classmethod
     def _built(cls) -> tuple[str, tuple[int, int] | None]:
+        cuda = onnxruntime_cuda_version()
         try:
             runtime = f"onnxruntime-gpu {version('onnxruntime-gpu')}"
         except PackageNotFoundError:
             # The CPU's package has the same module: it is told apart by what it was built for.
             runtime = f"onnxruntime {version('onnxruntime')}"
-        return runtime, onnxruntime_cuda_version()
+        return runtime, cuda
 
     def fallback(self) -> Backend:
         """Give ONNX Runtime on the CPU, unbounded: it sees no card, and shares the plans that are armed."""
@@ -89,15 +91,20 @@ class OnnxruntimeCuda(CudaDevice, OrtBackend):
 
     def _has_the_device(self) -> None:
         super()._has_the_device()
+        self._load_libraries()
+        # The first session loads the provider and makes the context, or says why not: before any cap, and any ballast.
+        self._square(np.ones((1, 1), np.float32))
+
+    def _load_libraries(self) -> None:
+        """Load CUDA and cuDNN from the nvidia-* packages. What is missing is printed, and not raised: it is kept."""
         import onnxruntime as ort
 
-        # CUDA and cuDNN from the nvidia-* packages. What it misses it prints, and does not raise; a session does.
+        # What fails is raised as well.
+        ort.set_default_logger_severity(4)
         said = io.StringIO()
         with contextlib.redirect_stdout(said):
             ort.preload_dlls()
-        if said.getvalue():
-            _log.warning("onnxruntime.preload_dlls: %s", " ".join(said.getvalue().split()))
-        ort.set_default_logger_severity(4)
+        self._missing = " ".join(said.getvalue().split())
 
     def _options(self) -> Any:
         options = quiet_options()
@@ -127,18 +134,17 @@ class OnnxruntimeCuda(CudaDevice, OrtBackend):
         """Make a session, or refuse: nothing may run on the CPU unseen."""
         try:
             with warnings.catch_warnings():
-                # A provider that is not there is a UserWarning, and a session on the CPU.
-                warnings.simplefilter("error")
-                session = self.owned(lambda: super(OnnxruntimeCuda, self)._session(path))
+                # A build without the provider gives a UserWarning, and a session on the CPU.
+                warnings.simplefilter("error", UserWarning)
+                return self.owned(lambda: super(OnnxruntimeCuda, self)._session(path))
         except Exception as error:
             if classify(error) is ErrorKind.OTHER and ("CPU EP" in str(error) or isinstance(error, UserWarning)):
+                found = self._missing or str(error)
                 raise BackendError(
                     f"{path.name} would run on the CPU: {self.provider} did not load, or has no kernel for a node of "
-                    f"it ({str(error)[:200]}). CUDA and cuDNN come with pip install 'onnxruntime-gpu[cuda,cudnn]'"
+                    f"it ({found[:300]}). CUDA and cuDNN come with pip install 'onnxruntime-gpu[cuda,cudnn]'"
                 ) from error
             raise
-        session.disable_fallback()
-        return session
 
     def _register_limit(self, limit_bytes: int) -> None:
         import onnxruntime as ort
@@ -150,13 +156,25 @@ class OnnxruntimeCuda(CudaDevice, OrtBackend):
         ort.create_and_register_allocator_v2(self.provider, info, {"device_id": str(self._index)}, arena)
 
     def owned(self, act: Callable[[], T]) -> T:
-        """Take note that it is the card that has no memory: its arena complains in the words of the host's."""
+        """Take note of what the card refused: its arena complains in the words of the host's."""
         try:
             return act()
         except Exception as error:
             if classify(error) is ErrorKind.HOST_OOM and "requested buffer" in str(error):
-                note(error, Diagnosis(ErrorKind.DEVICE_OOM))
+                note(error, self._why_refused())
             raise
+
+    def _why_refused(self) -> Diagnosis:
+        """Ask the driver: the arena keeps to itself what cudaMalloc said, which need not be that there is no memory.
+
+        In a poisoned context every call fails, that for memory and this one.
+        """
+        try:
+            open_driver().memory(self._index)
+        except DriverError as error:
+            return Diagnosis(error.kind)
+        # Not the cap: of that the arena says how much of it is left.
+        return Diagnosis(ErrorKind.DEVICE_OOM, Shortage.EXHAUSTED)
 
     def _memory_here(self) -> MemoryReading:
         estimate = super()._memory_here()

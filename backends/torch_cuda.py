@@ -52,7 +52,8 @@ class TorchCuda(CudaDevice, TorchBackend):
 
     @classmethod
     def _built(cls) -> tuple[str, tuple[int, int] | None]:
-        return f"torch {version('torch')}", torch_cuda_version()
+        cuda = torch_cuda_version()
+        return f"torch {version('torch')}", cuda
 
     def torch_device(self) -> str:
         """Say what torch calls this device."""
@@ -79,7 +80,8 @@ class TorchCuda(CudaDevice, TorchBackend):
         import torch
 
         total = torch.cuda.get_device_properties(self._index).total_memory
-        fraction = 1.0 if limit_bytes is None else min(1.0, limit_bytes / total)
+        # Torch rounds the product down: half a byte more, and it is the limit.
+        fraction = 1.0 if limit_bytes is None else min(1.0, (limit_bytes + 0.5) / total)
         torch.cuda.set_per_process_memory_fraction(fraction, self._index)
 
     def _in_use_bytes(self) -> int:

@@ -101,16 +101,18 @@ class CudaDevice(KeptDevice):
 
     def _named(self, device: str | None) -> tuple[str, int]:
         name = device or "cuda:0"
-        found = re.fullmatch(r"cuda:(\d+)", name)
+        found = re.fullmatch(r"cuda:(0|[1-9][0-9]*)", name)
+        if found is None:
+            raise BackendError(f"{self.name} has no device {name!r}: expected such as 'cuda:0'")
         try:
             count = open_driver().device_count()
         except NoDriver as error:
             raise BackendError(f"{self.name} has no device here: {error}") from None
-        if found is None or int(found[1]) >= count:
-            there = ", ".join(f"cuda:{index}" for index in range(count)) or "none"
-            raise BackendError(f"{self.name} has no device {name!r}: expected one of {there}")
         index = int(found[1])
-        return f"cuda:{index}", index
+        if index >= count:
+            there = ", ".join(f"cuda:{each}" for each in range(count)) or "none: CUDA_VISIBLE_DEVICES may hide it"
+            raise BackendError(f"{self.name} has no device {name!r}: expected one of {there}")
+        return name, index
 
     def _has_the_device(self) -> None:
         super()._has_the_device()

@@ -80,9 +80,7 @@ class TorchCuda(CudaDevice, TorchBackend):
         import torch
 
         total = torch.cuda.get_device_properties(self._index).total_memory
-        # Torch rounds the product down: half a byte more, and it is the limit.
-        fraction = 1.0 if limit_bytes is None else min(1.0, (limit_bytes + 0.5) / total)
-        torch.cuda.set_per_process_memory_fraction(fraction, self._index)
+        torch.cuda.set_per_process_memory_fraction(_fraction(limit_bytes, total), self._index)
 
     def _in_use_bytes(self) -> int:
         import torch
@@ -124,6 +122,11 @@ class TorchCuda(CudaDevice, TorchBackend):
         before = torch.cuda.memory_reserved(self._index)
         torch.cuda.empty_cache()
         return max(0, before - torch.cuda.memory_reserved(self._index))
+
+
+def _fraction(limit_bytes: int | None, total_bytes: int) -> float:
+    """Give the share of a card that is a limit to the byte: half a byte more, since torch rounds it down."""
+    return 1.0 if limit_bytes is None else min(1.0, (limit_bytes + 0.5) / total_bytes)
 
 
 BACKEND = TorchCuda

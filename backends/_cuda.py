@@ -6,11 +6,7 @@ The card is used in workers only: a user's process makes no context on it, and c
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
-
-import numpy as np
 
 import backends
 from backends._build import environment, promised_cuda, refusal
@@ -24,8 +20,6 @@ from backends.contract import (
     BackendError,
     Capability,
     FaultPlan,
-    FloatArray,
-    Model,
     Provenance,
     Site,
 )
@@ -38,7 +32,6 @@ from backends.faults.cuda import (
     trap,
 )
 from backends.faults.cuda_ballast import DeviceBallast
-from backends.model import N_MELS
 
 #: What each CUDA backend can do. ``CACHE_OOM`` and ``EXACT_MEMORY_READING`` are their runtimes' matter.
 CAPABILITIES = {
@@ -72,7 +65,6 @@ class CudaDevice(KeptDevice):
 
     #: So much more than what is asked for stays free beside a neighbour: what the runtime rounds requests up to.
     granularity_bytes: ClassVar[int]
-    _is_warming = False
 
     @classmethod
     def _built(cls) -> tuple[str, tuple[int, int] | None]:
@@ -119,27 +111,6 @@ class CudaDevice(KeptDevice):
         found = type(self).probe()
         if not found.available:
             raise BackendError(found.reason)
-
-    def run_point(self, once: Callable[[], FloatArray], features: FloatArray) -> FloatArray:
-        """Run the model once, at a point of the plans that are armed, unless nobody asked for the run."""
-        return once() if self._is_warming else super().run_point(once, features)
-
-    def _load(self, path: Path) -> Model:
-        """Load, and run on silence: a first run loads kernels, and takes workspaces that no cap counts.
-
-        It must not come at a time when there is no memory: libraries then say that they failed, and not why.
-        """
-        model = super()._load(path)  # type: ignore[safe-super]  # the runtime's family has it
-        self._is_warming = True
-        try:
-            model.run(np.zeros((1, model.window_frames, N_MELS), np.float32))
-        except BaseException:
-            model.close()
-            raise
-        finally:
-            self._is_warming = False
-        self._release_here()
-        return model
 
     def _variant(self) -> dict[str, Any]:
         return {"device": self.device}

@@ -40,9 +40,10 @@ import numpy as np
 from backends._build import onnxruntime_cuda_version
 from backends._cuda import CAPABILITIES, CudaDevice
 from backends._onnxruntime import OrtBackend, quiet_options
-from backends.contract import YES, Backend, BackendError, Capability, MemoryReading, no
+from backends.contract import YES, Backend, BackendError, Capability, FloatArray, MemoryReading, Model, no
 from backends.errors import Diagnosis, ErrorKind, Shortage, classify, note
 from backends.faults.cuda import DriverError, open_driver
+from backends.model import N_MELS
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -61,6 +62,7 @@ class OnnxruntimeCuda(CudaDevice, OrtBackend):
     granularity_bytes: ClassVar[int] = 4 << 20
     #: Which of CUDA's libraries were not found in this process, in the runtime's words.
     _missing = ""
+    _is_loading = False
     capabilities = {
         **CAPABILITIES,
         Capability.EXACT_MEMORY_READING: no(
@@ -145,6 +147,27 @@ class OnnxruntimeCuda(CudaDevice, OrtBackend):
                     f"it ({found[:300]}). CUDA and cuDNN come with pip install 'onnxruntime-gpu[cuda,cudnn]'"
                 ) from error
             raise
+
+    def _load(self, path: Path) -> Model:
+        """Load, and run once on silence: a first run loads kernels and makes handles, which no cap counts.
+
+        At a time when there is no memory CUDA's libraries would say that they failed, and not why.
+        """
+        model = super()._load(path)
+        self._is_loading = True
+        try:
+            model.run(np.zeros((1, model.window_frames, N_MELS), np.float32))
+        except BaseException:
+            model.close()
+            raise
+        finally:
+            self._is_loading = False
+        self._release_here()
+        return model
+
+    def run_point(self, once: Callable[[], FloatArray], features: FloatArray) -> FloatArray:
+        """Run the model once, at a point of the plans that are armed. A run that belongs to a load is none."""
+        return once() if self._is_loading else super().run_point(once, features)
 
     def _register_limit(self, limit_bytes: int) -> None:
         import onnxruntime as ort

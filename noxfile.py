@@ -284,6 +284,34 @@ def tests(session: nox.Session) -> None:
     session.run("python", "-m", "pytest", "-c", "pytest_memory.ini", *folders, *session.posargs)
 
 
+def without_extras(environment: str) -> list[str]:
+    """Give what the headers ask for with extras, without them: the CUDA builds of runtimes alone, and not CUDA."""
+    own = [requirement for backend in backends_of(environment) for requirement in backend.needs[environment].own]
+    return [re.sub(r"\[.*?]", "", requirement) for requirement in own if "[" in requirement]
+
+
+def add_refusals(environment: str) -> None:
+    """Define the session that tests what an environment's runtimes refuse where there is no accelerator."""
+
+    def run(session: nox.Session) -> None:
+        pins = CONSTRAINTS / f"{environment}.txt"
+        session.install("-c", str(pins), *without_extras(environment), *groups("qualification"))
+        session.run(
+            *("python", "-m", "pytest", "-c", "pytest_memory.ini", "tests/unit/test_cuda_refusals.py"),
+            *session.posargs,
+            env={"PLIMSOLL_ENVIRONMENT": environment},
+        )
+
+    names = ", ".join(map(package, without_extras(environment)))
+    run.__doc__ = f"Test what {names} of {environment} refuses without a card. Arguments after -- go to pytest."
+    nox.session(name=f"refusals-{environment}", reuse_venv=True, tags=["checks", "refusals"])(run)
+
+
+for name in ENVIRONMENTS:
+    if without_extras(name):
+        add_refusals(name)
+
+
 @nox.session(reuse_venv=True, tags=["checks"])
 def lint(session: nox.Session) -> None:
     """Check style, formatting and types."""

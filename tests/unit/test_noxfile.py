@@ -60,6 +60,7 @@ def listed(folder: Path) -> dict[str, str]:
 def test_the_sessions_are_the_matrix() -> None:
     expected = {f"{kind}-{environment}" for kind in ("memory-quick", "memory-soak") for environment in ENVIRONMENTS}
     expected |= {f"cell-{environment}-{backend}" for backend, environment in CELLS}
+    expected |= {"refusals-cuda12", "refusals-cuda13"}
     assert set(listed(ROOT)) == expected | {"memory-quick", "doctor", "tests", "bench", "lint", "lock"}
 
 
@@ -312,6 +313,13 @@ def _noxfile(call: str) -> str:
     program = f"import noxfile; print({call})"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     return done.stdout.strip()
+
+
+def test_a_cuda_build_is_tested_for_its_refusals_without_cuda_itself() -> None:
+    found = json.loads(nox(ROOT, "--list", "--json", "-t", "refusals").stdout)
+    assert {entry["session"] for entry in found} == {"refusals-cuda12", "refusals-cuda13"}
+    asked = _noxfile("[noxfile.without_extras(each) for each in ('cpu', 'cuda12', 'cuda13')]")
+    assert asked == str([[], ["onnxruntime-gpu>=1.23,<1.27,!=1.24.1,!=1.25.*,!=1.26.0"], ["onnxruntime-gpu>=1.27"]])
 
 
 def test_marks_that_are_asked_for_are_combined_with_not_slow() -> None:

@@ -354,6 +354,26 @@ print(json.dumps([
     assert not benchmark and deterministic and workspace in (":16:8", ":4096:8")
 
 
+@with_torch
+def test_what_workers_are_forked_from_asks_nothing_of_cuda(in_child: InChild) -> None:
+    # After a fork of a process that did, CUDA cannot be used (CUDA C++ Programming Guide, "Initialization").
+    program = """
+import json, torch
+asked = []
+def watched(name, call):
+    return lambda *args: asked.append(name) or call(*args)
+for name in ("is_available", "device_count", "_lazy_init", "current_device"):
+    setattr(torch.cuda, name, watched(name, getattr(torch.cuda, name)))
+from backends._torch import preload
+preload()
+torch.cuda.device_count()
+print(json.dumps([TorchCuda.preload, asked]))
+"""
+    preload, asked = in_child(NAMED + program)
+    assert preload == "backends._torch:preload"
+    assert asked == ["device_count"], f"CUDA was asked: {asked}; the last is the test's own question"
+
+
 # ONNX Runtime's sessions.
 
 

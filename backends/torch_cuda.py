@@ -16,7 +16,9 @@
 # [tool.plimsoll.environments.cuda13]
 # cuda = 13
 # dependencies = ["torch>=2.11,<2.14"]
-# reason = "from 2.11 on torch is built for CUDA 13, before for CUDA 12; newer than 2.13 was not tried, and there only the CPU build"
+# reason = """\
+#     from 2.11 on torch is built for CUDA 13, before for CUDA 12; newer than 2.13 was not tried, and there only the \
+#     CPU build"""
 # download-mb = 3020
 # disk-mb = 5800
 # ///

@@ -21,8 +21,8 @@ FILES = {"torch": "torch/version.py", "onnxruntime": "onnxruntime/capi/build_and
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Give a maker of an installed distribution that comes before all others: its name, one file and its text."""
-    monkeypatch.syspath_prepend(str(tmp_path))
+    """Give a maker of an installed distribution, of which there are no others: its name, one file and its text."""
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
 
     def make(name: str, file: str, text: str) -> None:
         folder = tmp_path / f"{name.replace('-', '_')}-9.9.dist-info"

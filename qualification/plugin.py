@@ -325,7 +325,8 @@ def _from_root(began_in: Path, path: str | Path) -> str:
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
     """Show what the backend or the machine cannot do as what it is: not run."""
-    if report.skipped and _NOT_RUN in dict(report.user_properties):
+    # A module that is skipped as a whole has a report without properties.
+    if report.skipped and _NOT_RUN in dict(getattr(report, "user_properties", ())):
         return "not run", "n", "NOT RUN"
     return None
 

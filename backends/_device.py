@@ -526,9 +526,10 @@ class DeviceBackend(Backend):
         self._lift_what_is_over()
         began_s = time.perf_counter()
         try:
-            x = np.random.RandomState(7).standard_normal((256, 256)).astype(np.float32)
             with self._lock:
+                # First: of a device that is this process's memory, it is the runtime that says that it is full.
                 self._allocate_here(MIB).free()
+                x = np.random.RandomState(7).standard_normal((256, 256)).astype(np.float32)
                 y = self._square(x)
             wide = x.astype(np.float64)
             error = float(np.max(np.abs(y - wide @ wide)))

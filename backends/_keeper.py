@@ -28,7 +28,7 @@ import numpy as np
 
 from backends._device import DeviceBackend
 from backends.contract import Allocation, BackendError, Device, FloatArray, Health, MemoryReading, Model, Share
-from backends.errors import ErrorKind, RuntimeFailure, classify
+from backends.errors import ErrorKind, RuntimeFailure, classify, diagnose
 from backends.faults import limits
 from backends.host import host_memory
 from backends.process import begin_as_child, python_arguments
@@ -279,8 +279,9 @@ def main() -> None:
         except BackendError as error:
             answer = True, type(error)(*error.args)
         except Exception as error:
-            # Classified here, where its type is known; outside this block nothing of it is kept.
-            answer = True, (classify(error), f"{type(error).__name__}: {error}")
+            # Diagnosed here, where its type is known; outside this block nothing of it is kept.
+            found = diagnose(error)
+            answer = True, (found.kind, f"{type(error).__name__}: {error}", found.shortage)
         del arguments
         try:
             connection.send(answer)

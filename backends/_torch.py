@@ -30,6 +30,8 @@ def quiet_torch() -> None:
     first = "torch" not in sys.modules
     # cuBLAS repeats itself only with a workspace of a fixed size, set before it starts (torch, "Reproducibility").
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    # oneDNN keeps the code of each kernel for each batch: half a megabyte that a full device has not. The last two do.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "2")
     import torch
 
     torch.set_grad_enabled(False)

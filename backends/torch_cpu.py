@@ -43,7 +43,7 @@ T = TypeVar("T")
 #: Blocks on the device are whole multiples of this: less is the process's own, and served from its reserve.
 _BLOCK_BYTES = 64 << 10
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-_MMAP_THRESHOLD_BYTES = 128 << 10
+_MMAP_THRESHOLD_BYTES = _BLOCK_BYTES
 #: What a process whose device is full needs to answer: for objects of Python's own, and for small requests to malloc.
 _OBJECTS_BYTES = 8 << 20
 _HOLES, _HOLE_BYTES = 32, 60 << 10
@@ -183,9 +183,10 @@ def _warm_up() -> None:
         if data_bytes() > before:
             free(block)
             break
-    # Holes too small for a block of the device, with something between them that keeps them apart.
-    holes = [(malloc(_HOLE_BYTES), malloc(64)) for _ in range(_HOLES)]
-    for hole, _ in holes:
+    # Holes too small for a block of the device. What keeps them apart is as large as they are: anything smaller might
+    # come from elsewhere, and then they would be one block, and given back.
+    pieces = [malloc(_HOLE_BYTES) for _ in range(2 * _HOLES)]
+    for hole in pieces[::2]:
         free(hole)
     heap_trim()
 
@@ -203,6 +204,9 @@ def _compute_once() -> None:
         x = functional.conv2d(functional.relu_(x), torch.ones(8, 8, 3, 3), torch.ones(8), stride=2, padding=1)
         x = functional.layer_norm(x.transpose(1, 2).reshape(1, 8, 64) @ torch.ones(64, 64), (64,))
         torch.softmax(x @ x.transpose(1, 2), -1).numpy()
+        # MKL keeps what it worked in, and the more the larger the matrices are: up to these.
+        x = torch.ones(8, 512, 512)
+        (x @ x[0]) @ x.transpose(1, 2)
     # NumPy's library takes 32 MiB at its first product: the health probe has one.
     np.ones((256, 256)) @ np.ones((256, 256))
 

@@ -203,8 +203,26 @@ class DeviceBackend(Backend):
         raise NotImplementedError(f"{self.name} has no {site.value}")
 
     def _fill(self, held: list[Allocation], free_bytes: int) -> list[Allocation]:
-        """Hold the device's memory, beyond what is held already, so that less than ``free_bytes`` are free."""
-        return ballast.leave([*held, *ballast.fill(self._allocate_here, self.fill_pieces_bytes)], free_bytes)
+        """Hold the device's memory, with what is held already, so that little less than ``free_bytes`` are free."""
+        spare: Allocation | None = None
+        # Taken first, and given back at the end: pieces alone would leave less, by up to the size of the largest. And
+        # less by a piece, and by what an allocator adds to it: so much may remain where no further piece fits.
+        spare_bytes = free_bytes - self.fill_pieces_bytes[-1] * 5 // 4
+        while spare is None and spare_bytes >= 4:
+            try:
+                spare = self._allocate_here(spare_bytes)
+            except Exception as error:
+                if not classify(error).is_oom:
+                    raise
+                if not held:
+                    return []
+                # The smallest.
+                held.pop().free()
+                self._release_here()
+        held += ballast.fill(self._allocate_here, self.fill_pieces_bytes)
+        if spare is not None:
+            spare.free()
+        return held
 
     def _provenance(self, site: Site) -> Provenance:
         """Say how this backend brings a fault about."""
@@ -536,7 +554,7 @@ class DeviceBackend(Backend):
             ok = error < 1e-3
             detail = f"256 × 256 product, largest error {error:.1e}"
         except Exception as failure:
-            ok, error, detail = False, float("inf"), f"{type(failure).__name__}: {str(failure)[-200:]}"
+            ok, error, detail = False, float("inf"), f"{type(failure).__name__}: {str(failure)[-600:]}"
         return Health(ok, detail, error, time.perf_counter() - began_s)
 
     def close(self) -> None:

@@ -18,7 +18,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -117,6 +118,8 @@ class Keeper:
         self._connection, self._process = self._launcher.submit(_launch, self._shared, share.descriptors).result()
         self.models = 0
         self._spoiled = False
+        #: Numbers of what it has that nobody refers to any more.
+        self._unwanted: deque[int] = deque()
         try:
             self.ask("start", dict(share.data))
         except BaseException:
@@ -137,7 +140,8 @@ class Keeper:
         """Have it do something and give the answer. Raises what failed there, or RuntimeFailure when it is gone."""
         with self._lock:
             try:
-                self._connection.send((do, arguments))
+                unwanted = [self._unwanted.popleft() for _ in range(len(self._unwanted))]
+                self._connection.send((do, arguments, unwanted))
                 failed, answer = self._connection.recv()
             except (EOFError, OSError):
                 self._process.wait()
@@ -151,6 +155,10 @@ class Keeper:
         # After a sticky error every later call in that process fails: another takes its place.
         self._spoiled |= classify(failure) in (ErrorKind.DEVICE_STICKY, ErrorKind.DEVICE_LOST)
         raise failure
+
+    def forget(self, number: int) -> None:
+        """Have it give something back when it is asked next: for the garbage collector, which must not wait."""
+        self._unwanted.append(number)
 
     def run(self, number: int, features: FloatArray) -> FloatArray:
         """Run a model there."""
@@ -217,6 +225,10 @@ class _Kept(Allocation):
         if keeper is not None and keeper.alive:
             keeper.ask("free", self._number)
 
+    def __del__(self) -> None:
+        if self._keeper is not None:
+            self._keeper.forget(self._number)
+
 
 class _KeptModel(Model):
     """A model that the child loaded."""
@@ -246,6 +258,11 @@ class _KeptModel(Model):
             if keeper.alive:
                 keeper.ask("close", self._number)
 
+    def __del__(self) -> None:
+        if self._keeper is not None:
+            self._keeper.models -= 1
+            self._keeper.forget(self._number)
+
 
 def _launch(shared: int, descriptors: tuple[int, ...]) -> tuple[Connection, subprocess.Popen[bytes]]:
     ours, theirs = socket.socketpair()
@@ -271,9 +288,10 @@ def main() -> None:
     kept = _Keeping(shared)
     while True:
         try:
-            do, arguments = connection.recv()
+            do, arguments, unwanted = connection.recv()
         except (EOFError, OSError):
             os._exit(0)
+        kept.forget(unwanted)
         try:
             answer = False, getattr(kept, do)(*arguments)
         except BackendError as error:
@@ -312,6 +330,13 @@ class _Keeping:
 
     def free(self, number: int) -> None:
         self._held.pop(number).free()
+
+    def forget(self, numbers: Sequence[int]) -> None:
+        for number in numbers:
+            if (held := self._held.pop(number, None)) is not None:
+                held.free()
+            elif (model := self._models.pop(number, None)) is not None:
+                model.close()
 
     def load(self, path: Path) -> tuple[int, dict[str, Any]]:
         model = self._backend.load(path)

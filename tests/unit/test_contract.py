@@ -11,6 +11,8 @@ import json
 import signal
 import subprocess
 import sys
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from backends.contract import (
     YES,
     Allocation,
     Backend,
+    BackendError,
     Capability,
     FaultPlan,
     FaultRecord,
@@ -39,7 +42,8 @@ from backends.contract import (
 )
 from backends.errors import ErrorKind, classify
 from backends.faults import ballast
-from backends.faults.ballast import HostBallast
+from backends.faults.ballast import HostBallast, Neighbour
+from backends.faults.cuda_ballast import DeviceBallast
 from backends.model import DEFAULT_MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,12 +53,19 @@ LIMIT_BYTES = 96 * MIB
 BATCH = 16
 DECLARED = [found.name for found in backends.declared()]
 AVAILABLE = [found.name for found, availability in backends.available() if availability.available]
-DEVICE_OOM_SITES = (Site.DEVICE_MEMORY, Site.DEVICE_CACHE, Site.DEVICE_GARBAGE)
+PAGE_BYTES = 4096
+#: What a site of the device needs, and what a plan there leaves the device without.
+OOM_SITES = {
+    Site.DEVICE_MEMORY: Capability.DEVICE_OOM,
+    Site.DEVICE_CACHE: Capability.CACHE_OOM,
+    Site.DEVICE_GARBAGE: Capability.DEVICE_OOM,
+}
+STICKY_SITES = (Site.DEVICE_ERROR, Site.DEVICE_ASSERT, Site.DEVICE_ADDRESS)
 InChild = Callable[[str], Any]
 
 
-@pytest.fixture(params=AVAILABLE)
-def device(request: pytest.FixtureRequest) -> Iterator[Backend]:
+@pytest.fixture(scope="module", params=AVAILABLE)
+def made(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Give each available backend in turn, bounded where it says that it can be."""
     made = backends.create(request.param)()
     if made.capabilities[Capability.MEMORY_LIMIT].yes:
@@ -63,15 +74,25 @@ def device(request: pytest.FixtureRequest) -> Iterator[Backend]:
     made.close()
 
 
+@pytest.fixture
+def device(made: Backend) -> Backend:
+    """Give the same, without what the test before has left there."""
+    made.collect()
+    made.release_cached()
+    return made
+
+
 def _features(model: Model, batch: int = BATCH) -> Any:
     return np.random.RandomState(3).standard_normal((batch, model.window_frames, 80)).astype(np.float32)
 
 
 def _failure(act: Callable[[], object]) -> BaseException:
     """Give the error that the act raises; it has to raise one."""
-    with pytest.raises(Exception) as caught:  # noqa: PT011 - which one is what the callers judge
+    try:
         act()
-    return caught.value
+    except Exception as error:
+        return error
+    raise AssertionError("there was no error")
 
 
 def _kind(act: Callable[[], object]) -> ErrorKind:
@@ -210,31 +231,60 @@ def _prove_memory_limit(device: Backend, in_child: InChild) -> None:
     assert device.memory().limit_bytes == LIMIT_BYTES, f"the reading's limit is {device.memory().limit_bytes}"
 
 
+def _reserved_bytes(device: Backend) -> int:
+    """Measure what the device's process keeps: by the device's own reading, or of the resident memory here."""
+    reading = device.memory()
+    return reading.reserved_bytes if reading.exact else psutil.Process().memory_info().rss
+
+
 def _prove_release_cached(device: Backend, in_child: InChild) -> None:
     held = [device.allocate(16 * MIB) for _ in range(4)]
     ballast.free(held)
-    before = psutil.Process().memory_info().rss
+    before = _reserved_bytes(device)
     released = device.release_cached()
-    fell = before - psutil.Process().memory_info().rss
-    assert fell > 48 * MIB, f"resident memory fell by {fell} bytes where 64 MiB were cached"
+    fell = before - _reserved_bytes(device)
+    assert fell > 48 * MIB, f"what is kept fell by {fell} bytes where 64 MiB were cached"
     assert abs(released - fell) < 4 * MIB, f"it says that {released} bytes were released, measured {fell}"
 
 
 def _prove_exact_memory_reading(device: Backend, in_child: InChild) -> None:
+    # The process that has the device is there from now on, and did all this before.
+    device.allocate(8 * MIB).free()
     before = device.memory()
     held = device.allocate(8 * MIB)
     after = device.memory()
     held.free()
+    freed = device.memory()
     assert after.exact, f"the reading is not exact ({after.source})"
-    assert after.used_bytes - before.used_bytes == 8 * MIB, (
-        f"8 MiB changed it by {after.used_bytes - before.used_bytes}"
-    )
+    # A page or two: what an allocator writes beside a block.
+    rose, fell = after.used_bytes - before.used_bytes, after.used_bytes - freed.used_bytes
+    assert 0 <= rose - 8 * MIB <= 2 * PAGE_BYTES, f"8 MiB changed it by {rose}"
+    assert 0 <= fell - 8 * MIB <= 2 * PAGE_BYTES, f"giving 8 MiB back changed it by {fell}"
+
+
+def _prove_cache_oom(device: Backend, in_child: InChild) -> None:
+    model = device.load(DEFAULT_MODEL)
+    features = _features(model)
+    # As it comes about by itself: many small requests, all given back, and then large ones.
+    ballast.free(ballast.fill(device.allocate, (256 << 10,)))
+    kind = _kind(lambda: model.run(features))
+    device.release_cached()
+    model.run(features)
+    assert kind is ErrorKind.DEVICE_OOM, f"with a full cache the error is {kind}"
+    # As a fault brings it about.
+    with device.arm(FaultPlan(Site.DEVICE_CACHE)) as fault:
+        kinds = [_kind(lambda: model.run(features)) for _ in range(2)]
+        device.release_cached()
+        model.run(features)
+        record = fault.record()
+    assert kinds == [ErrorKind.DEVICE_OOM] * 2, f"before the release the errors are {kinds}"
+    assert (record.points_seen, record.faults_fired, record.provenance) == (3, 1, Provenance.CAPPED), f"{record}"
 
 
 def _prove_device_oom(device: Backend, in_child: InChild) -> None:
     model = device.load(DEFAULT_MODEL)
     features = _features(model)
-    for site in DEVICE_OOM_SITES:
+    for site in (Site.DEVICE_MEMORY, Site.DEVICE_GARBAGE):
         with device.arm(FaultPlan(site)) as fault:
             kind = _kind(lambda: model.run(features))
             record = fault.record()
@@ -283,10 +333,21 @@ def _prove_fallback(device: Backend, in_child: InChild) -> None:
 
 
 def _prove_device_error(device: Backend, in_child: InChild) -> None:
-    model = device.load(DEFAULT_MODEL)
-    with device.arm(FaultPlan(Site.DEVICE_ERROR)) as fault:
-        kind = _kind(lambda: model.run(_features(model)))
-        assert kind.is_device_error and fault.record().faults_fired == 1, f"the error is {kind}, {fault.record()}"
+    for site in STICKY_SITES:
+        with device.arm(FaultPlan(site)) as fault:
+            # Loaded anew each time: after such an error the process that had the device is replaced.
+            model = device.load(DEFAULT_MODEL)
+            kind = _kind(lambda: model.run(_features(model)))
+            record = fault.record()
+        assert kind.is_device_error, f"{site.value}: the error is {kind}"
+        assert (record.faults_fired, record.provenance) == (1, Provenance.DEVICE), f"{site.value}: {record}"
+        assert device.healthy().ok, f"{site.value}: the device is not healthy afterwards: {device.healthy()}"
+
+
+def _neighbour(device: Backend) -> Neighbour:
+    """Hold memory in another process: all but 32 MiB of the card that the device is, or else 64 MiB of the host's."""
+    kind, _, number = device.device.partition(":")
+    return DeviceBallast(int(number), 32 * MIB, 30.0) if kind == "cuda" else HostBallast(64 * MIB, 30.0)
 
 
 def _prove_device_memory_of_others(device: Backend, in_child: InChild) -> None:
@@ -298,17 +359,21 @@ def _prove_device_memory_of_others(device: Backend, in_child: InChild) -> None:
         return total
 
     alone = room()
-    with HostBallast(64 * MIB, 30.0):
+    with _neighbour(device):
         shared = room()
-    assert shared < alone, f"with 64 MiB held by another process {shared} bytes can be had, without {alone}"
+    # More than the one piece by which two fillings may differ.
+    assert shared < alone - 4 * MIB, f"with memory held by another process {shared} bytes can be had, without {alone}"
 
 
 def _prove_runtime_crash(device: Backend, in_child: InChild) -> None:
     for site, status in ((Site.RUNTIME_CRASH, -signal.SIGFPE), (Site.RUNTIME_HANG, None)):
         with device.arm(FaultPlan(site)) as fault:
             child = _run_shared(device)
+            deadline_s = time.monotonic() + 60.0
+            while not fault.record().faults_fired and child.poll() is None and time.monotonic() < deadline_s:
+                time.sleep(0.02)
             try:
-                ended = child.wait(3.0)
+                ended = child.wait(1.5)
             except subprocess.TimeoutExpired:
                 ended = None
                 child.kill()
@@ -317,7 +382,7 @@ def _prove_runtime_crash(device: Backend, in_child: InChild) -> None:
         assert ended == status, f"{site.value}: the process that ran the model ended with {ended}, expected {status}"
         assert (record.faults_fired, record.provenance) == (1, Provenance.KILLED), f"{site.value}: {record}"
     with device.arm(FaultPlan(Site.LIBRARY_MISSING)) as fault:
-        assert _run_shared(device).wait(30.0) == 3, "a missing library is no error"
+        assert _run_shared(device).wait(60.0) == 3, "a missing library is no error"
         record = fault.record()
     assert (record.faults_fired, record.provenance) == (1, Provenance.MISSING), f"{record}"
 
@@ -344,6 +409,7 @@ PROOFS: dict[Capability, Callable[[Backend, InChild], None]] = {
     Capability.MEMORY_LIMIT: _prove_memory_limit,
     Capability.RELEASE_CACHED: _prove_release_cached,
     Capability.EXACT_MEMORY_READING: _prove_exact_memory_reading,
+    Capability.CACHE_OOM: _prove_cache_oom,
     Capability.DEVICE_OOM: _prove_device_oom,
     Capability.HOST_OOM: _prove_host_oom,
     Capability.FALLBACK: _prove_fallback,
@@ -375,7 +441,7 @@ def test_what_is_not_supported_is_refused_with_reason_and_link(device: Backend) 
 
 
 def test_arming_a_fault_that_is_not_supported_is_refused(device: Backend) -> None:
-    needs = {Site.DEVICE_ERROR: Capability.DEVICE_ERROR} | dict.fromkeys(DEVICE_OOM_SITES, Capability.DEVICE_OOM)
+    needs = OOM_SITES | dict.fromkeys(STICKY_SITES, Capability.DEVICE_ERROR)
     for site, capability in needs.items():
         if device.capabilities[capability].yes:
             device.arm(FaultPlan(site)).disarm()
@@ -392,31 +458,21 @@ def _needs(device: Backend, capability: Capability) -> None:
         pytest.skip(f"{device.name} states: {device.capabilities[capability].reason}")
 
 
-@pytest.mark.parametrize("site", DEVICE_OOM_SITES, ids=lambda s: s.value)
+@pytest.mark.parametrize("site", OOM_SITES, ids=lambda s: s.value)
 def test_an_injected_device_oom_is_genuine_and_lifting_it_cures(device: Backend, site: Site) -> None:
-    _needs(device, Capability.DEVICE_OOM)
+    _needs(device, OOM_SITES[site])
     model = device.load(DEFAULT_MODEL)
     features = _features(model)
     expected = model.run(features)
     with device.arm(FaultPlan(site, times=None)) as fault:
         kinds = [_kind(lambda: model.run(features)) for _ in range(2)]
         record = fault.record()
-    gc.collect()
+    device.collect()
     device.release_cached()
     assert kinds == [ErrorKind.DEVICE_OOM] * 2, f"the errors are {kinds}"
-    assert dataclasses.replace(record, detail="") == FaultRecord(2, 2, 0, Provenance.CAPPED), f"the record is {record}"
+    assert record.provenance in (Provenance.CAPPED, Provenance.EXHAUSTED), f"the record is {record}"
+    assert (record.points_seen, record.faults_fired, record.absorbed) == (2, 2, 0), f"the record is {record}"
     assert np.array_equal(model.run(features), expected), "the scores differ after the fault was lifted"
-
-
-def test_a_full_cache_is_cured_by_releasing_it(device: Backend) -> None:
-    _needs(device, Capability.DEVICE_OOM)
-    model = device.load(DEFAULT_MODEL)
-    features = _features(model)
-    with device.arm(FaultPlan(Site.DEVICE_CACHE)):
-        kinds = [_kind(lambda: model.run(features)) for _ in range(2)]
-        device.release_cached()
-        model.run(features)
-    assert kinds == [ErrorKind.DEVICE_OOM] * 2, f"before the release the errors are {kinds}"
 
 
 def test_device_garbage_is_cured_by_collecting_and_not_by_releasing(device: Backend) -> None:
@@ -427,7 +483,7 @@ def test_device_garbage_is_cured_by_collecting_and_not_by_releasing(device: Back
         kinds = [_kind(lambda: model.run(features))]
         device.release_cached()
         kinds.append(_kind(lambda: model.run(features)))
-        gc.collect()
+        device.collect()
         device.release_cached()
         model.run(features)
     assert kinds == [ErrorKind.DEVICE_OOM] * 2, f"before the collection the errors are {kinds}"
@@ -439,7 +495,7 @@ def test_a_device_held_by_others_is_cured_by_a_smaller_batch_only(device: Backen
     fits = model.working_set_bytes(2) * 5 // 4
     with device.arm(FaultPlan(Site.DEVICE_MEMORY, times=None, min_bytes=fits)):
         kinds = [_kind(lambda: model.run(_features(model, 4)))]
-        gc.collect()
+        device.collect()
         device.release_cached()
         kinds.append(_kind(lambda: model.run(_features(model, 4))))
         device.release_cached()
@@ -459,16 +515,47 @@ def test_a_healthy_device_is_found_healthy_and_a_full_one_is_not(device: Backend
     after = device.healthy()
     assert before.ok and 0 < before.max_abs_error < 1e-3 and before.latency_s > 0, f"healthy: {before}"
     assert not full.ok, f"a full device was found healthy: {full}"
-    assert "Available memory" in full.detail or "out of memory" in full.detail, f"the detail does not say why: {full}"
+    assert classify(RuntimeError(full.detail)).is_oom, f"the detail does not say why: {full}"
     assert after.ok, f"with the memory back: {after}"
 
 
 def test_freeing_twice_counts_once(device: Backend) -> None:
+    device.allocate(MIB).free()
     before = device.memory().used_bytes
     piece: Allocation = device.allocate(MIB)
     piece.free()
     piece.free()
-    assert device.memory().used_bytes == before, f"{before} bytes in use before, {device.memory().used_bytes} after"
+    after = device.memory().used_bytes
+    assert abs(after - before) <= 2 * PAGE_BYTES, f"{before} bytes in use before, {after} after"
+
+
+def test_what_is_dropped_is_given_back(device: Backend) -> None:
+    device.allocate(MIB).free()
+    before = device.memory().used_bytes
+    held = [device.allocate(16 * MIB)]
+    held.clear()
+    after = device.memory().used_bytes
+    assert abs(after - before) <= 2 * PAGE_BYTES, f"{before} bytes in use before, {after} after the only reference went"
+
+
+def test_collecting_reaches_this_process(device: Backend) -> None:
+    class Cycle:
+        def __init__(self) -> None:
+            self.itself = self
+
+    gone = weakref.ref(Cycle())
+    assert gone() is not None, "the cycle was collected before it was to be"
+    found = device.collect()
+    assert found >= 1 and gone() is None, f"{found} objects were collected, and the cycle is {gone()}"
+
+
+def test_a_device_is_made_by_its_name_and_by_no_other(device: Backend) -> None:
+    again = type(device)(device.device)
+    assert again.device == device.device, f"made by the name {device.device!r}, it is {again.device!r}"
+    again.close()
+    for name in ("abacus:0", f"{device.device}9x"):
+        with pytest.raises(BackendError, match=f"{device.name} has no device '{name}': expected"):
+            type(device)(name)
 
 
 def test_probing_an_available_backend_names_its_runtime(device: Backend) -> None:

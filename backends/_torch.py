@@ -13,7 +13,7 @@ from collections.abc import Callable
 from importlib import util
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -23,6 +23,8 @@ from backends.model import N_MELS, ModelSpec, read_onnx
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
 
 
 def quiet_torch() -> None:
@@ -99,7 +101,7 @@ class TorchModel(Model):
 
         self._backend.about_to_run(self.working_set_bytes(len(features)))
         try:
-            return self._backend.run_point(lambda: self._backend.owned(once), features)
+            return self._backend.run_point(lambda: self._backend.computed(once), features)
         finally:
             self._backend.has_run()
 
@@ -158,6 +160,10 @@ class TorchBackend(DeviceBackend):
         """Say what torch calls this device."""
         return "cpu"
 
+    def computed(self, act: Callable[[], T]) -> T:
+        """Do something with a model on the device. A variant says in which thread."""
+        return self.owned(act)
+
     def _allocate_here(self, size_bytes: int) -> Allocation:
         import torch
 
@@ -180,7 +186,7 @@ class TorchBackend(DeviceBackend):
                 module = build(spec, weights)
             return TorchModel(self, module.to(self.torch_device()), spec, path)
 
-        model = self.owned(load)
+        model = self.computed(load)
         self._models += 1
         return model
 

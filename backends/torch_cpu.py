@@ -24,8 +24,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import resource
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -90,6 +94,7 @@ class TorchCpu(KeptDevice, TorchBackend):
         #: What the process held when it was warm, and the cap that is set.
         self._warm_bytes = 0
         self._cap_bytes: int | None = None
+        self._thread = _ComputeThread()
 
     def _named(self, device: str | None) -> tuple[str, int]:
         return one_device(self.name, "torch-cpu:process" if self._bounded else "torch-cpu", device)
@@ -111,6 +116,8 @@ class TorchCpu(KeptDevice, TorchBackend):
     def _has_the_device(self) -> None:
         super()._has_the_device()
         quiet_torch()
+        # There is memory for its stack now. What torch sets for a thread is set there too.
+        self._thread.do(quiet_torch)
 
     def _apply_limit(self, limit_bytes: int | None) -> None:
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
@@ -119,7 +126,7 @@ class TorchCpu(KeptDevice, TorchBackend):
         if limit_bytes is None:
             return
         if not self._warm_bytes:
-            _warm_up()
+            _warm_up(self._thread)
             self._warm_bytes = data_bytes()
         in_use_bytes = data_bytes() - self._warm_bytes
         self._cap_bytes = limits.cap_host_memory(limit_bytes - in_use_bytes)
@@ -148,15 +155,43 @@ class TorchCpu(KeptDevice, TorchBackend):
         try:
             return act()
         except Exception as error:
-            if resource.getrlimit(resource.RLIMIT_DATA)[0] == self._cap_bytes:
-                if classify(error) is ErrorKind.HOST_OOM:
-                    note(error, Diagnosis(ErrorKind.DEVICE_OOM, Shortage.CAPPED))
-                elif _NO_KERNEL in str(error):
-                    note(error, Diagnosis(ErrorKind.DEVICE_STICKY))
+            limit_bytes, hard_bytes = resource.getrlimit(resource.RLIMIT_DATA)
+            is_oom = classify(error) is ErrorKind.HOST_OOM or _NO_KERNEL in str(error)
+            if is_oom and limit_bytes != hard_bytes:
+                # The other limit that there may be is a fault's.
+                kind = ErrorKind.DEVICE_OOM if limit_bytes == self._cap_bytes else ErrorKind.HOST_OOM
+                note(error, Diagnosis(kind, Shortage.CAPPED))
+            raise
+
+    def computed(self, act: Callable[[], T]) -> T:
+        """Do it in a thread of the device's own: oneDNN makes no kernel in one that had no memory for one before."""
+        try:
+            return self._thread.do(lambda: self.owned(act))
+        except Exception as error:
+            if _NO_KERNEL in str(error):
+                self._thread.replace()
             raise
 
 
-def _warm_up() -> None:
+class _ComputeThread:
+    """One thread that does what it is given; it can be replaced where there is no memory for another."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(1, "plimsoll-torch")
+
+    def do(self, act: Callable[[], T]) -> T:
+        return self._executor.submit(act).result()
+
+    def replace(self) -> None:
+        task = Path(f"/proc/self/task/{self.do(threading.get_native_id)}")
+        self._executor.shutdown()
+        # The C library gives the stack to the next thread once the kernel has let this one go: an instant later.
+        while task.exists():
+            os.sched_yield()
+        self._executor = ThreadPoolExecutor(1, "plimsoll-torch")
+
+
+def _warm_up(thread: _ComputeThread) -> None:
     """Do what a process does once, so that what it holds from here on is the device's; keep a reserve for answers."""
     try:
         libc = ctypes.CDLL(None)
@@ -170,6 +205,7 @@ def _warm_up() -> None:
     mallopt(_M_TRIM_THRESHOLD, _MMAP_THRESHOLD_BYTES)
     mallopt(_M_ARENA_MAX, 1)
     _compute_once()
+    thread.do(_compute_once)
     gc.collect()
     # One object in each of CPython's arenas keeps it, and the rest of it free.
     objects = [bytes(450) for _ in range(_OBJECTS_BYTES >> 9)]

@@ -5,8 +5,6 @@ A claimed yes is proved live. A no is a strict expected failure: its proof must 
 
 from __future__ import annotations
 
-import dataclasses
-import gc
 import json
 import signal
 import subprocess
@@ -332,12 +330,16 @@ def _prove_fallback(device: Backend, in_child: InChild) -> None:
     assert still_full, "the fallback took its memory from the device"
 
 
+def _load_and_run(device: Backend) -> None:
+    model = device.load(DEFAULT_MODEL)
+    model.run(_features(model))
+
+
 def _prove_device_error(device: Backend, in_child: InChild) -> None:
     for site in STICKY_SITES:
         with device.arm(FaultPlan(site)) as fault:
             # Loaded anew each time: after such an error the process that had the device is replaced.
-            model = device.load(DEFAULT_MODEL)
-            kind = _kind(lambda: model.run(_features(model)))
+            kind = _kind(lambda: _load_and_run(device))
             record = fault.record()
         assert kind.is_device_error, f"{site.value}: the error is {kind}"
         assert (record.faults_fired, record.provenance) == (1, Provenance.DEVICE), f"{site.value}: {record}"

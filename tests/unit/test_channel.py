@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from backends.host import data_bytes
 from protection import channel
 from protection.channel import AwakeClock, Channel, Ended, Kind, TornMessage, until
 
@@ -128,7 +130,47 @@ def test_a_message_larger_than_the_buffers_arrives_while_it_is_read(pair: tuple[
     assert waits and all(waits), f"it waited for room {len(waits)} times: the buffer was not small"
 
 
+def test_a_large_body_is_no_data_of_the_process_and_is_given_back(pair: tuple[Channel, Channel]) -> None:
+    # A device that is this process, and full, has to take the next request.
+    sent = np.random.RandomState(3).standard_normal(8 << 20).astype(np.float32)
+    with ThreadPoolExecutor(1) as other:
+        # The thread's stack is there before anything is measured.
+        other.submit(int).result()
+        before = data_bytes()
+        sending = other.submit(pair[0].send, Kind.REQUEST, 1, META, sent.data, _patient)
+        frame = pair[1].receive(_patient)
+        sending.result(15.0)
+        grown = data_bytes() - before
+    same = np.array_equal(np.frombuffer(frame.body, np.float32), sent)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    del frame
+    returned = (pages - int(Path("/proc/self/statm").read_text().split()[0])) * 4096
+    assert same, "another body arrived"
+    assert grown < 4 << 20, f"for a body of {sent.nbytes} bytes the process's data grew by {grown}"
+    assert returned >= sent.nbytes, f"of {sent.nbytes} bytes {returned} were given back with the message"
+
+
+@pytest.mark.parametrize("size", [(64 << 10) - 1, 64 << 10, (64 << 10) + 1])
+def test_a_body_about_as_large_as_what_is_shared_arrives(pair: tuple[Channel, Channel], size: int) -> None:
+    body = np.random.RandomState(5).bytes(size)
+    pair[0].send(Kind.REQUEST, 1, {}, body, _patient)
+    frame = pair[1].receive(_patient)
+    assert len(frame.body) == size and bytes(frame.body) == body, f"of {size} bytes {len(frame.body)} arrived"
+
+
 # What does not.
+
+
+def test_a_large_body_with_a_flipped_bit_is_torn(pair: tuple[Channel, Channel]) -> None:
+    body = bytes(200 << 10)
+    raw = bytearray(channel._head(Kind.ANSWER, 1, 2, len(body), zlib.crc32(body, zlib.crc32(b"{}"))) + b"{}" + body)
+    raw[-1] ^= 1
+    with ThreadPoolExecutor(1) as other:
+        pair[0].socket.setblocking(True)
+        sending = other.submit(pair[0].socket.sendall, raw)
+        with pytest.raises(TornMessage, match="message 1 of 204802 bytes does not match its checksum"):
+            pair[1].receive(_patient)
+        sending.result(15.0)
 
 
 def test_no_flipped_bit_goes_unnoticed() -> None:

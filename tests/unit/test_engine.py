@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backends.contract import ModelError
+from backends.contract import FaultPlan, ModelError, Site
 from backends.cpu import Cpu
 from backends.errors import ErrorKind, classify
 from backends.faults import ballast
@@ -95,6 +95,19 @@ def test_a_return_without_room_for_the_model_leaves_the_fallback_in_use(engine: 
     ballast.free(held)
     assert classify(caught.value).is_oom, f"the error is {caught.value!r}"
     assert engine.degraded and scores.shape == (4, 50, 32), "the fallback is not in use any more"
+
+
+def test_collecting_reaches_what_only_a_collection_finds(engine: InProcessEngine, bounded: Cpu) -> None:
+    with bounded.arm(FaultPlan(Site.DEVICE_GARBAGE)):
+        with pytest.raises(Exception, match="Available memory of"):
+            engine.infer(_features(16))
+        engine.release_cached()
+        with pytest.raises(Exception, match="Available memory of"):
+            engine.infer(_features(16))
+        found = engine.collect()
+        engine.release_cached()
+        assert engine.infer(_features(16)).shape == (16, 50, 32), "it does not infer after the collection"
+    assert found >= 1, f"{found} objects were collected"
 
 
 def test_a_worker_that_is_not_there_cannot_be_restarted(engine: InProcessEngine) -> None:

@@ -24,8 +24,7 @@ from backends.torch_cpu import TorchCpu
 from protection.worker_engine import WorkerEngine
 from protection.worker_process import Deadlines, WorkerLost
 
-if not TorchCpu.probe().available:
-    pytest.skip(TorchCpu.probe().reason, allow_module_level=True)
+pytestmark = pytest.mark.skipif(not TorchCpu.probe().available, reason=TorchCpu.probe().reason)
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20

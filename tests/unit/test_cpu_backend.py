@@ -12,7 +12,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from backends._onnxruntime import OrtModel, resident_bytes
+from backends._device import resident_bytes
+from backends._onnxruntime import OrtModel
 from backends.contract import BackendError, FaultPlan, Model, ModelError, Site
 from backends.cpu import Cpu
 from backends.errors import ErrorKind, classify

@@ -564,7 +564,7 @@ def test_what_cannot_begin_is_refused_before_anything_is_accepted(run: Run, star
     refusals: list[tuple[tuple[object, ...], tuple[str, ...], str]] = [
         (("--backend", "cpuu"), (), "unknown backend 'cpuu': did you mean cpu"),
         (("--backend", "cpu"), ("onnxruntime",), "backend cpu is not available here, nothing was recorded: "),
-        ((), ("onnxruntime",), "no backend is available, nothing was recorded: install the runtime of one (cpu: "),
+        ((), RUNTIMES, "no backend is available, nothing was recorded: install the runtime of one (cpu: "),
         (("--model", tmp_path / "none.onnx"), (), "there is no model"),
         (("--model", tmp_path / "text.onnx"), (), "cannot run"),
         (("--policy", "max_bach=4"), (), "there is no policy option 'max_bach': did you mean max_batch"),

@@ -20,9 +20,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import backends
 from backends.contract import Backend, Capability
 from protection.policy import Policy
 from qualification.criteria import CRITERIA, PARAMETERS, Criterion
+from qualification.doctor import session as cell_session
 from qualification.records import RecordWriter
 from qualification.run import Run
 from qualification.subject import EVENT_KINDS, STRATEGIES, load_factory
@@ -238,7 +240,15 @@ def check(command: str, criteria: Path) -> str | None:
         case ["nox", "-s", session, *rest]:
             if session not in sessions() or (rest and rest[0] != "--"):
                 return f"nox has no session {session}, or {rest} does not begin with --"
-            return collect([*QUALIFICATION, *rest[1:]], criteria) if rest else None
+            if not rest or session == "lock":
+                unknown = set(rest[1:]) - {"--check", "--upgrade"}
+                return f"nox -s lock does not know {unknown}" if unknown else None
+            if session == "tests":
+                return collect(rest[1:], criteria)
+            problem = collect([*QUALIFICATION, *rest[1:]], criteria)
+            # Without a card it is refused for that: what it says is understood.
+            lacking = "cuda" in session and problem and ("cannot run here" in problem or "has no device" in problem)
+            return None if lacking else problem
         case ["nox", "--list"]:
             return None if sessions() else "nox lists no session"
         case ["python", "-m", "protection", *_]:
@@ -301,8 +311,26 @@ def test_every_session_that_is_named_exists() -> None:
     text = "\n".join(path.read_text(encoding="utf-8") for path in (*DOCUMENTS, WORKFLOW))
     named = set(re.findall(r"nox -s ([a-z0-9-]*[a-z0-9])(?!…)\b", text))
     assert named - {"memory-quick-", "memory-soak-"} <= sessions(), f"nox has no session {named - sessions()}"
-    table = set(re.findall(r"(?m)^\| `nox -s ([\w-]+)` \|", README))
-    assert table == sessions(), f"the README's table and nox differ in {table ^ sessions()}"
+    tables = "\n".join(line for line in README.splitlines() if line.startswith("| "))
+    listed = set(re.findall(r"`nox -s ([\w-]+)`", tables))
+    assert listed == sessions(), f"the README's tables and nox differ in {listed ^ sessions()}"
+
+
+def test_the_matrix_is_that_of_the_headers_and_pins() -> None:
+    expected = []
+    for name in sorted({name for each in backends.declared() for name in each.environments}):
+        pins = (ROOT / "constraints" / f"{name}.txt").read_text(encoding="utf-8")
+        for backend in backends.declared():
+            if name in backend.environments:
+                runtime = re.search(
+                    rf"(?m)^({'torch' if 'torch' in backend.tags else 'onnxruntime(?:-gpu)?'})==(\S+)", pins
+                )
+                assert runtime, f"constraints/{name}.txt has no runtime for {backend.name}"
+                session = cell_session(backend.name, name)
+                size = f"{backend.needs[name].download_mb} MB"
+                expected.append((backend.name, name, session, f"{runtime[1]} {runtime[2]}", size))
+    row = r"(?m)^\| `([\w-]+)` \| `(\w+)` \| `nox -s ([\w-]+)` \| (\S+ \S+) \| (\d+ MB) \|$"
+    assert re.findall(row, section("The matrix")) == expected
 
 
 def test_the_marks_are_those_of_the_configuration() -> None:
@@ -319,8 +347,8 @@ def test_the_options_are_those_of_pytest_help() -> None:
     text = run(sys.executable, "-m", "pytest", "--help").stdout
     ours = re.search(r"(?ms)^qualification \(Plimsoll\):\n(.*?)^\S", text)
     assert ours, "pytest --help has no group of ours"
-    declared = re.findall(r"(?m)^  (--[\w-]+)=(\S+)", ours[1])
-    assert re.findall(r"(?m)^\| `(--[\w-]+) (\S+)` \|", section("Options")) == declared
+    declared = re.findall(r"(?m)^  (--[\w-]+)(?:=(\S+))?", ours[1])
+    assert re.findall(r"(?m)^\| `(--[\w-]+)(?: (\S+))?` \|", section("Options")) == declared
 
 
 def test_the_parameters_of_the_harness_have_their_defaults() -> None:
@@ -408,6 +436,14 @@ def test_the_fields_of_a_record_are_all_named() -> None:
 
 
 def test_the_contract_is_all_named() -> None:
-    tables = DOCS["adding-a-backend"].split("| Method |")
+    tables = DOCS["adding-a-backend"].split("## 2.")[1].split("| Method |")
     assert re.findall(r"(?m)^\| `(\w+)` \|", tables[0]) == [each.value for each in Capability]
     assert set(re.findall(r"(?m)^\| `(\w+)\(", tables[1])) == Backend.__abstractmethods__
+
+
+def test_the_header_that_is_shown_is_one_and_every_key_is_explained() -> None:
+    text = DOCS["adding-a-backend"].split("## 2.")[0]
+    (shown,) = fences(text, "python")
+    assert (ROOT / "backends" / "torch_cpu.py").read_text(encoding="utf-8").startswith(shown)
+    named = [name for row in re.findall(r"(?m)^\| (`.+?) \|", text) for name in re.findall(r"`([\w-]+)`", row)]
+    assert sorted(named) == sorted((*backends._KEYS, *backends._ENVIRONMENT_KEYS))

@@ -241,8 +241,8 @@ def check(command: str, criteria: Path) -> str | None:
             if session not in sessions() or (rest and rest[0] != "--"):
                 return f"nox has no session {session}, or {rest} does not begin with --"
             if not rest or session == "lock":
-                unknown = set(rest[1:]) - {"--check", "--upgrade"}
-                return f"nox -s lock does not know {unknown}" if unknown else None
+                unknown_to_lock = set(rest[1:]) - {"--check", "--upgrade"}
+                return f"nox -s lock does not know {unknown_to_lock}" if unknown_to_lock else None
             if session == "tests":
                 return collect(rest[1:], criteria)
             problem = collect([*QUALIFICATION, *rest[1:]], criteria)

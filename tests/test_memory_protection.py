@@ -380,8 +380,14 @@ class TestGPUFallback:
         mistakes = wrong(subject.results(), undisturbed(*stops), same_output(subject))
         judge("answers_wrong", mistakes + sum(untiled(subject.results(), position)), fault=record)
         judge("memory_excess", max(0, after.rss_bytes - before.rss_bytes) / MB)
-        names = ("descriptors", "threads", "children")
-        left = {name: max(0, getattr(after, name) - getattr(before, name)) for name in names}
+
+        def left_behind() -> dict[str, int]:
+            now, names = take(subject.process_ids()), ("descriptors", "threads", "children")
+            return {name: max(0, getattr(now, name) - getattr(before, name)) for name in names}
+
+        # What ends takes a moment to be gone. What leaks stays.
+        wait_until(lambda: not any(left_behind().values()), 2)
+        left = left_behind()
         judge.say(f"left behind: {left}")
         judge("resources_left", sum(left.values()))
 

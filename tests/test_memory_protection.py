@@ -374,13 +374,6 @@ class TestGPUFallback:
         quiesce(subject)
         after = take(subject.process_ids())
 
-        record = FaultRecord(seen, fired, 0, last.provenance, f"{cycles} faults; {last.detail}")
-        judge("toggles_failed", 2 * cycles - toggled)
-        judge("transitions_missing", cycles - moved, fault=record)
-        mistakes = wrong(subject.results(), undisturbed(*stops), same_output(subject))
-        judge("answers_wrong", mistakes + sum(untiled(subject.results(), position)), fault=record)
-        judge("memory_excess", max(0, after.rss_bytes - before.rss_bytes) / MB)
-
         def left_behind() -> dict[str, int]:
             now, names = take(subject.process_ids()), ("descriptors", "threads", "children")
             return {name: max(0, getattr(now, name) - getattr(before, name)) for name in names}
@@ -388,6 +381,13 @@ class TestGPUFallback:
         # What ends takes a moment to be gone. What leaks stays.
         wait_until(lambda: not any(left_behind().values()), 2)
         left = left_behind()
+
+        record = FaultRecord(seen, fired, 0, last.provenance, f"{cycles} faults; {last.detail}")
+        judge("toggles_failed", 2 * cycles - toggled)
+        judge("transitions_missing", cycles - moved, fault=record)
+        mistakes = wrong(subject.results(), undisturbed(*stops), same_output(subject))
+        judge("answers_wrong", mistakes + sum(untiled(subject.results(), position)), fault=record)
+        judge("memory_excess", max(0, after.rss_bytes - before.rss_bytes) / MB)
         judge.say(f"left behind: {left}")
         judge("resources_left", sum(left.values()))
 

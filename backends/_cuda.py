@@ -59,6 +59,10 @@ class _Neighbour(Allocation):
     def free(self) -> None:
         self._ballast.close()
 
+    @property
+    def is_there(self) -> bool:
+        return self._ballast.alive
+
 
 class CudaDevice(KeptDevice):
     """The part of a CUDA backend that does not depend on its runtime."""
@@ -148,7 +152,8 @@ class CudaDevice(KeptDevice):
 
     def _fill(self, held: list[Allocation], free_bytes: int) -> list[Allocation]:
         # A neighbour that is there already goes on taking what others free.
-        return held or [_Neighbour(DeviceBallast(self._index, free_bytes + self.granularity_bytes, _BALLAST_LIMIT_S))]
+        there = [each for each in held if isinstance(each, _Neighbour) and each.is_there]
+        return there or [_Neighbour(DeviceBallast(self._index, free_bytes + self.granularity_bytes, _BALLAST_LIMIT_S))]
 
     def _provenance(self, site: Site) -> Provenance:
         # A neighbour has it: nothing is left. The other faults fill the runtime's own cap.

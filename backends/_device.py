@@ -110,19 +110,28 @@ class _Held(Allocation):
 
     def __init__(self, where: Allocation) -> None:
         self._where: Allocation | None = where
+        self._freed = False
+        self._lock = threading.Lock()
         self.size_bytes = where.size_bytes
 
     def free(self) -> None:
-        where, self._where = self._where, None
+        with self._lock:
+            self._freed = True
+            where, self._where = self._where, None
         if where is not None:
             where.free()
 
     def move(self, allocate: Callable[[int], Allocation]) -> None:
-        """Take the same memory anew where the device is now; the old is given back first."""
-        where, self._where = self._where, None
-        if where is not None:
-            where.free()
-            self._where = allocate(self.size_bytes)
+        """Take the same memory anew where the device is now, unless it was freed; the old is given back first."""
+        with self._lock:
+            where, self._where = self._where, None
+            if where is None or self._freed:
+                return
+            try:
+                where.free()
+            finally:
+                # Where the old was is gone, or given up: that it could not be told so is no reason to be without.
+                self._where = allocate(self.size_bytes)
 
 
 class DeviceBackend(Backend):
@@ -131,6 +140,8 @@ class DeviceBackend(Backend):
     #: The smallest pieces that a full device is filled up with: below it, memory is not the device's.
     fill_pieces_bytes: ClassVar[tuple[int, ...]] = ballast.PIECES
 
+    #: Whether it must not see an accelerator: it took over from one.
+    is_blind = False
     #: Imports the runtime, where that takes long.
     preload: ClassVar[str | None] = None
 
@@ -240,6 +251,14 @@ class DeviceBackend(Backend):
         """Give the device where another process has it, or None where this one has it."""
         return self._elsewhere
 
+    def _device_to_use(self) -> Device | None:
+        """Give the same for something that needs the device: a backend that starts a process for it does so now."""
+        return self._device_elsewhere()
+
+    def _is_in_this_process(self) -> bool:
+        """Whether this process has the device."""
+        return self._elsewhere is None
+
     def _wanted_bytes(self) -> int:
         """Say what a run like the last one needs: it counts as used, or pressure would be told only when it is late."""
         return self._working_set_bytes if self._models else 0
@@ -262,7 +281,7 @@ class DeviceBackend(Backend):
         """Take device memory where the device is, and keep it."""
         if size_bytes < 4:
             raise ValueError(f"size_bytes is {size_bytes}: expected at least 4")
-        elsewhere = self._device_elsewhere()
+        elsewhere = self._device_to_use()
         allocate = self._allocate_here if elsewhere is None else elsewhere.allocate
         held = _Held(allocate(size_bytes))
         with self._lock:
@@ -331,7 +350,7 @@ class DeviceBackend(Backend):
     def share(self) -> Share:
         """Share the name, the limit, what a variant adds, and the board of faults."""
         data = {"backend": self.name, "limit_bytes": self._limit_bytes, "board": self._board.descriptor}
-        return Share(data | self._variant(), (self._board.descriptor,), self.preload)
+        return Share(data | self._variant(), (self._board.descriptor,), self.preload, self.is_blind)
 
     @classmethod
     def rebuild(cls, data: Mapping[str, Any]) -> Backend:
@@ -359,7 +378,7 @@ class DeviceBackend(Backend):
             self._move_held(self._allocate_back)
 
     def _allocate_back(self, size_bytes: int) -> Allocation:
-        elsewhere = self._device_elsewhere()
+        elsewhere = self._device_to_use()
         return self._allocate_here(size_bytes) if elsewhere is None else elsewhere.allocate(size_bytes)
 
     def _move_held(self, allocate: Callable[[int], Allocation]) -> None:
@@ -400,7 +419,7 @@ class DeviceBackend(Backend):
                 f"{self.name} arms a plan in its own process: expected process None, not {plan.process!r}"
             )
         if plan.site is Site.HOST_MEMORY:
-            if self._device_elsewhere() is None:
+            if self._is_in_this_process():
                 limits.require_expendable()
         elif self._limit_bytes is None:
             raise ValueError(f"{plan.site.value} needs a device with a memory limit: call limit_memory first")
@@ -456,18 +475,29 @@ class DeviceBackend(Backend):
             if fault not in struck and (piece := self._garbage.get(fault.number)) is not None and piece() is not None
         ]
         try:
-            result = self._watched(lambda: self._imposed(struck, once), struck, lingering)
+            imposed = [fault for fault in struck if self._imposed(fault)]
+            missing = any(fault.plan.site is Site.LIBRARY_MISSING for fault in imposed)
+
+            def run() -> FloatArray:
+                if missing:
+                    self._miss_library()
+                return once()
+
+            return self._watched(run, imposed, lingering)
         finally:
             for fault in struck:
                 if fault.exhausted:
                     with self._lock:
                         ballast.free(self._fault_ballast.pop(fault.number, []))
-        return result
 
-    def _imposed(self, struck: list[CountingFault], once: Callable[[], FloatArray]) -> FloatArray:
-        for fault in struck:
-            self._impose(fault)
-        return once()
+    def _imposed(self, fault: CountingFault) -> bool:
+        """Bring a fault about; say whether it is there. What fails on the way is no fault of the runtime's."""
+        try:
+            return self._impose(fault)
+        except Exception as error:
+            text = f"it could not be brought about: {type(error).__name__}: {str(error)[-300:]}"
+            fault.note(text)
+            raise BackendError(f"the fault at {fault.plan.site.value}: {text}") from error
 
     @staticmethod
     def _watched(act: Callable[[], T], struck: list[CountingFault], lingering: Sequence[CountingFault] = ()) -> T:
@@ -481,7 +511,7 @@ class DeviceBackend(Backend):
                 is_its = (
                     missing
                     if site is Site.LIBRARY_MISSING
-                    else kind.is_device_error
+                    else kind in (ErrorKind.DEVICE_STICKY, ErrorKind.DEVICE_LOST)
                     if site in STICKY_SITES
                     else kind.is_oom
                 )
@@ -489,34 +519,33 @@ class DeviceBackend(Backend):
                     fault.fired(f"{type(error).__name__}: {str(error)[-160:]}")
             raise
         for fault in struck:
-            if fault.plan.site not in _FATAL_SITES:
-                fault.absorbed()
+            fault.absorbed()
         return result
 
-    def _impose(self, fault: CountingFault) -> None:
-        """Bring the fault about: have the device's memory held by what the site says, or end inside the runtime."""
+    def _impose(self, fault: CountingFault) -> bool:
+        """Have the device's memory held by what the site says, poison the device, or end inside the runtime.
+
+        Say whether the run that follows meets it.
+        """
         site = fault.plan.site
         if site in _FATAL_SITES:
-            self._end_inside_the_runtime(fault)
-            return
+            return self._end_inside_the_runtime(fault)
         if site is Site.LIBRARY_MISSING:
-            self._miss_library()
-            return
+            return True
         if site in STICKY_SITES:
             self._strike_device(site)
-            return
+            return True
         with self._lock:
             if not fault.live:
                 # Disarmed since it struck: nobody would give back what is taken now.
-                return
+                return False
+            self._release_here()
             if site is Site.DEVICE_MEMORY:
                 # Anew at each point: what was given back meanwhile is the others' too.
-                self._release_here()
                 held = self._fault_ballast.get(fault.number, [])
                 self._fault_ballast[fault.number] = self._fill(held, fault.plan.min_bytes)
                 self._release_here()
-                return
-            self._release_here()
+                return True
             pieces = ballast.fill(self._allocate_here, (CACHE_PIECE_BYTES,))
             if site is Site.DEVICE_CACHE:
                 # Free again, and kept by the arena in regions of that size: nothing larger fits until it is released.
@@ -524,26 +553,28 @@ class DeviceBackend(Backend):
             elif pieces:
                 self._garbage[fault.number] = weakref.ref(pieces[0])
                 _make_garbage(pieces)
+            return True
 
-    def _end_inside_the_runtime(self, fault: CountingFault) -> None:
+    def _end_inside_the_runtime(self, fault: CountingFault) -> bool:
         """Crash or hang the runtime, in a process that was made to be lost. Counted before: nobody can count after."""
         if not limits.is_expendable():
             fault.note("the model runs in a process that must not be lost: the fault was not brought about")
-            return
+            return False
         crash = fault.plan.site is Site.RUNTIME_CRASH
         end = self._ready_to_end(fault.plan.site)
         fault.fired(f"{'a division that has no quotient' if crash else 'an endless loop'}, process {os.getpid()}")
         end()
         fault.absorbed(fired_before=True)
+        return False
 
     def healthy(self) -> Health:
         """Allocate 1 MiB, multiply a matrix, and compare with NumPy in double precision."""
-        elsewhere = self._device_elsewhere()
-        if elsewhere is not None:
-            return elsewhere.healthy()
-        self._lift_what_is_over()
         began_s = time.perf_counter()
         try:
+            elsewhere = self._device_to_use()
+            if elsewhere is not None:
+                return elsewhere.healthy()
+            self._lift_what_is_over()
             with self._lock:
                 # First: of a device that is this process's memory, it is the runtime that says that it is full.
                 self._allocate_here(MIB).free()

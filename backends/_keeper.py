@@ -27,14 +27,17 @@ from typing import Any
 
 import numpy as np
 
-from backends._device import DeviceBackend
+from backends._device import DeviceBackend, check_features
 from backends.contract import Allocation, BackendError, Device, FloatArray, Health, MemoryReading, Model, Share
 from backends.errors import ErrorKind, RuntimeFailure, classify, diagnose
 from backends.faults import limits
 from backends.host import host_memory
-from backends.process import begin_as_child, python_arguments
+from backends.model import N_MELS
+from backends.process import NO_ACCELERATOR, begin_as_child, python_arguments
 
 _END_S = 1.0
+#: A child that has not answered for so long hangs, and is killed. A cold start of torch for CUDA takes some seconds.
+_PATIENCE_S = 60.0
 
 
 class KeptDevice(DeviceBackend):
@@ -45,6 +48,7 @@ class KeptDevice(DeviceBackend):
         super().__init__(device)
         self._is_here = False
         self._keeper: Keeper | None = None
+        self._closed = False
 
     def _has_the_device(self) -> None:
         limits.require_expendable()
@@ -57,10 +61,21 @@ class KeptDevice(DeviceBackend):
     def _device_elsewhere(self) -> Device | None:
         if self._elsewhere is not None or self._is_here:
             return self._elsewhere
+        keeper = self._keeper
+        return keeper if keeper is not None and keeper.alive else None
+
+    def _device_to_use(self) -> Device | None:
+        if self._elsewhere is not None or self._is_here:
+            return self._elsewhere
         return self._kept()
+
+    def _is_in_this_process(self) -> bool:
+        return self._is_here
 
     def _kept(self) -> Keeper:
         with self._lock:
+            if self._closed:
+                raise BackendError(f"the backend {self.name} was closed: make another")
             if self._keeper is not None and not self._keeper.alive:
                 self._end_keeper()
             if self._keeper is None:
@@ -81,13 +96,17 @@ class KeptDevice(DeviceBackend):
 
     def memory(self) -> MemoryReading:
         """Read the device's memory, where the device is; while no process has it, nothing of it is used."""
-        if self._elsewhere is None and not self._is_here and self._keeper is None:
+        if not self._is_here and self._device_elsewhere() is None:
             source = "no process has the device now"
             return MemoryReading(0, 0, self._limit_bytes, self._total_bytes(), "process", True, source)
         return super().memory()
 
+    def release_cached(self) -> int:
+        """Give cached memory back where the device is; where no process has it, nothing is cached."""
+        return super().release_cached() if self._is_here or self._device_elsewhere() is not None else 0
+
     def load(self, path: Path) -> Model:
-        """Load a model where the device is."""
+        """Load a model in this process where it has the device, else in a child of its own."""
         return super().load(path) if self._is_here else self._kept().load(path)
 
     def _limit_here(self, limit_bytes: int) -> None:
@@ -95,13 +114,15 @@ class KeptDevice(DeviceBackend):
             super()._limit_here(limit_bytes)
             return
         # Each process that becomes the device proves it, before anything is loaded there.
-        self._limit_bytes = limit_bytes
-        if self._keeper is not None:
-            self._keeper.ask("limit_memory", limit_bytes)
+        with self._lock:
+            if self._keeper is not None and self._keeper.alive:
+                self._keeper.ask("limit_memory", limit_bytes)
+            self._limit_bytes = limit_bytes
 
     def close(self) -> None:
         """Disarm every fault, and end a child of our own."""
         super().close()
+        self._closed = True
         self._end_keeper()
 
 
@@ -115,7 +136,12 @@ class Keeper:
         self._lock, self._sharing = threading.Lock(), threading.Lock()
         # Features travel in shared memory, which no limit on the child's data counts: a full device can still be asked.
         self._shared = os.memfd_create("plimsoll-features")
-        self._connection, self._process = self._launcher.submit(_launch, self._shared, share.descriptors).result()
+        try:
+            self._connection, self._process = self._launcher.submit(_launch, self._shared, share).result()
+        except BaseException:
+            self._launcher.shutdown()
+            os.close(self._shared)
+            raise
         self.models = 0
         self._spoiled = False
         #: Numbers of what it has that nobody refers to any more.
@@ -142,13 +168,21 @@ class Keeper:
             try:
                 unwanted = [self._unwanted.popleft() for _ in range(len(self._unwanted))]
                 self._connection.send((do, arguments, unwanted))
+                if not self._connection.poll(_PATIENCE_S):
+                    self._process.kill()
                 failed, answer = self._connection.recv()
             except (EOFError, OSError):
                 self._process.wait()
                 raise RuntimeFailure(
                     ErrorKind.PROCESS_LOST,
-                    f"the process {self.process_id} that had the device ended with status {self._process.returncode}",
+                    f"the process {self.process_id} that had the device ended with status {self._process.returncode}, "
+                    f"asked to {do}",
                 ) from None
+            except BaseException:
+                # Ctrl-C: what would come next is the answer to this.
+                self._spoiled = True
+                self._process.kill()
+                raise
         if not failed:
             return answer
         failure = RuntimeFailure(*answer) if isinstance(answer, tuple) else answer
@@ -163,7 +197,7 @@ class Keeper:
     def run(self, number: int, features: FloatArray) -> FloatArray:
         """Run a model there."""
         with self._sharing:
-            os.pwrite(self._shared, np.ascontiguousarray(features, np.float32).data, 0)
+            os.pwrite(self._shared, np.ascontiguousarray(features).data, 0)
             scores: FloatArray = self.ask("run", number, features.shape)
         return scores
 
@@ -241,7 +275,9 @@ class _KeptModel(Model):
         keeper.models += 1
 
     def run(self, features: FloatArray) -> FloatArray:
-        return self._asked().run(self._number, features)
+        keeper = self._asked()
+        check_features(features, self.window_frames, N_MELS)
+        return keeper.run(self._number, features)
 
     def working_set_bytes(self, batch: int) -> int:
         return int(self._asked().ask("working_set_bytes", self._number, batch))
@@ -264,7 +300,7 @@ class _KeptModel(Model):
             self._keeper.forget(self._number)
 
 
-def _launch(shared: int, descriptors: tuple[int, ...]) -> tuple[Connection, subprocess.Popen[bytes]]:
+def _launch(shared: int, share: Share) -> tuple[Connection, subprocess.Popen[bytes]]:
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
@@ -272,7 +308,8 @@ def _launch(shared: int, descriptors: tuple[int, ...]) -> tuple[Connection, subp
             stdin=subprocess.DEVNULL,
             # Its parent's standard output has one reader, and it is not for this.
             stdout=2,
-            pass_fds=(theirs.fileno(), shared, *descriptors),
+            pass_fds=(theirs.fileno(), shared, *share.descriptors),
+            env={**os.environ, **(NO_ACCELERATOR if share.blind else {})},
             # Ctrl-C is the parent's to handle.
             start_new_session=True,
         )
@@ -291,8 +328,8 @@ def main() -> None:
             do, arguments, unwanted = connection.recv()
         except (EOFError, OSError):
             os._exit(0)
-        kept.forget(unwanted)
         try:
+            kept.forget(unwanted)
             answer = False, getattr(kept, do)(*arguments)
         except BackendError as error:
             answer = True, type(error)(*error.args)

@@ -19,6 +19,7 @@ import numpy as np
 
 from backends._device import MISSING_LIBRARY, DeviceBackend, check_features
 from backends.contract import Allocation, Availability, FloatArray, Model, ModelError, Site
+from backends.errors import classify
 from backends.model import N_MELS, ModelSpec, read_onnx
 
 if TYPE_CHECKING:
@@ -80,7 +81,14 @@ class TorchModel(Model):
         self.window_frames, self.chunk_frames = spec.window_frames, spec.chunk_frames
         self.vocabulary = spec.vocabulary
         # Measured at the load, for which there is memory now: each is a run.
-        one, two = (peak_bytes(module, spec, windows) for windows in (1, 2))
+        one = peak_bytes(module, spec, 1)
+        try:
+            two = peak_bytes(module, spec, 2)
+        except Exception as error:
+            if not classify(error).is_oom:
+                raise
+            # One window at a time is served there too.
+            two = 2 * one
         self._first_bytes, self._further_bytes = one, two - one
 
     def run(self, features: FloatArray) -> FloatArray:

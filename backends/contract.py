@@ -295,12 +295,13 @@ class Share:
     """How another process makes the same backend: ``backends.rebuild(data)``, with ``descriptors`` passed on to it.
 
     ``preload`` is a ``module:function`` that imports the runtime, and touches no device: where that takes long, a
-    process that has called it may be forked.
+    process that has called it may be forked. ``blind`` says that the process must not see an accelerator.
     """
 
     data: Mapping[str, Any]
     descriptors: tuple[int, ...]
     preload: str | None = None
+    blind: bool = False
 
 
 class Backend(abc.ABC):

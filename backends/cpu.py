@@ -115,7 +115,7 @@ class Cpu(OrtBackend):
     def taking_over(cls, board: Board) -> Backend:
         """Make an unbounded session's backend, struck by the plans that are armed on a device's board."""
         made = cls(bounded=False)
-        made._board = board
+        made._board, made.is_blind = board, True
         return made
 
     def fallback(self) -> Backend:

@@ -254,11 +254,12 @@ def _read(text: str) -> Diagnosis | None:
             return diagnosis
     cuda = _CUDA_ERROR.search(text)
     if cuda:
-        return Diagnosis(_cuda_kind(text[cuda.end() :], cuda["failure"] or cuda["nccl"] or cuda["count"]))
+        return Diagnosis(cuda_kind(text[cuda.end() :], cuda["failure"] or cuda["nccl"] or cuda["count"]))
     return Diagnosis(ErrorKind.DEVICE_ERROR) if _DEVICE_LIBRARY.search(text) else None
 
 
-def _cuda_kind(string: str, code: str | None) -> ErrorKind:
+def cuda_kind(string: str, code: str | None) -> ErrorKind:
+    """Say what an error of CUDA is, by its text or, where that is not known, its numeric code."""
     for kind, strings in _CUDA_STRINGS:
         if string.startswith(strings):
             return kind

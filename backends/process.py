@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+#: A process with these finds no accelerator: a fallback cannot touch the failed device.
+NO_ACCELERATOR = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "ROCR_VISIBLE_DEVICES": ""}
 
 
 def die_with_parent() -> None:

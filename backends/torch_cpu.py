@@ -106,7 +106,7 @@ class TorchCpu(KeptDevice, TorchBackend):
     def taking_over(cls, board: Board) -> Backend:
         """Make the backend of a process without a cap, struck by the plans that are armed on a device's board."""
         made = cls(bounded=False)
-        made._board = board
+        made._board, made.is_blind = board, True
         return made
 
     def fallback(self) -> Backend:
@@ -126,6 +126,8 @@ class TorchCpu(KeptDevice, TorchBackend):
         if limit_bytes is None:
             return
         if not self._warm_bytes:
+            if self._models or self._allocations:
+                raise BackendError("the device is in use already: limit its memory before anything is taken there")
             _warm_up(self._thread)
             self._warm_bytes = data_bytes()
         in_use_bytes = data_bytes() - self._warm_bytes
@@ -138,7 +140,7 @@ class TorchCpu(KeptDevice, TorchBackend):
         used, total = self._used_bytes(), host_memory().total_bytes
         what = "VmData beyond that of the warm process" if self._warm_bytes else "VmData of the process"
         source = f"{what}, and what a run like the last one needs"
-        return MemoryReading(used, used, self._limit_bytes, total, "process", True, source)
+        return MemoryReading(used, used, self._limit_bytes, total, "process", not self._wanted_bytes(), source)
 
     def _allocate_here(self, size_bytes: int) -> Allocation:
         block = super()._allocate_here(-(-size_bytes // _BLOCK_BYTES) * _BLOCK_BYTES)
@@ -189,6 +191,8 @@ class _ComputeThread:
         while task.exists():
             os.sched_yield()
         self._executor = ThreadPoolExecutor(1, "plimsoll-torch")
+        # Now, while there is that stack. What torch sets for a thread is set in this one too.
+        self.do(quiet_torch)
 
 
 def _warm_up(thread: _ComputeThread) -> None:

@@ -106,7 +106,7 @@ class TorchCuda(CudaDevice, TorchBackend):
             limit_bytes=self._limit_bytes,
             total_bytes=total,
             scope="device" if binds else "process",
-            exact=True,
+            exact=not self._wanted_bytes(),
             source="the card's free memory, others' use included" if binds else _SOURCE,
             fragmented_bytes=fragmented,
         )

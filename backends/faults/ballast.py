@@ -87,6 +87,11 @@ class Neighbour:
         """The neighbour's process id."""
         return self._process.pid
 
+    @property
+    def alive(self) -> bool:
+        """Whether it is still there: it has a time limit, and is the OOM killer's first choice."""
+        return self._process.poll() is None
+
     def close(self) -> None:
         """End the neighbour. A second call does nothing."""
         self._process.kill()

@@ -20,16 +20,14 @@ from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c
 from pathlib import Path
 from typing import Any
 
-from backends.errors import ErrorKind, RuntimeFailure
+from backends.errors import ErrorKind, RuntimeFailure, cuda_kind
 
 #: Set to 1 to allow faults that poison a context: by the option --allow-device-faults, for the processes below.
 ALLOW_DEVICE_FAULTS = "PLIMSOLL_ALLOW_DEVICE_FAULTS"
 _LIBRARY = "libcuda.so.1"
 _NO_DEVICE = 100
 _OUT_OF_MEMORY = 2
-#: After these "the process must be terminated and relaunched" (CUresult in the documentation). After 710, a device-side
-#: assert, the context cannot be used either.
-_STICKY = frozenset({226, 700, 702, 710, 714, 715, 716, 717, 718, 719, 721, 911})
+_SAYS = "CUDA driver error: "
 #: The parameters of what is called, as cuda.h declares them. Where it renames a function to a later version of it, the
 #: name here is that version's. Each gives a CUresult.
 _PARAMETERS: dict[str, tuple[Any, ...]] = {
@@ -130,8 +128,8 @@ class DriverError(RuntimeFailure):
     """What the driver said when it failed, with its numeric ``code``."""
 
     def __init__(self, code: int, text: str) -> None:
-        kind = ErrorKind.DEVICE_STICKY if code in _STICKY else ErrorKind.DEVICE_ERROR
-        super().__init__(ErrorKind.DEVICE_OOM if code == _OUT_OF_MEMORY else kind, text)
+        said = text.removeprefix(_SAYS)
+        super().__init__(ErrorKind.DEVICE_OOM if code == _OUT_OF_MEMORY else cuda_kind(said, str(code)), text)
         self.code = code
 
 
@@ -297,7 +295,7 @@ class Driver:
         if code != 0:
             text = self._text("cuGetErrorString", code) or "unknown error"
             error = self._text("cuGetErrorName", code) or "no name"
-            raise DriverError(code, f"CUDA driver error: {text} (code {code}, {error})")
+            raise DriverError(code, f"{_SAYS}{text} (code {code}, {error})")
 
     def _text(self, name: str, code: int) -> str:
         """Ask what a code means; empty where the driver does not know it."""

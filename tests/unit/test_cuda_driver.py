@@ -123,7 +123,8 @@ def test_the_driver_is_asked_before_anything_is_installed() -> None:
     ("code", "kind"),
     [
         (2, ErrorKind.DEVICE_OOM),
-        (100, ErrorKind.DEVICE_ERROR),
+        (100, ErrorKind.DEVICE_LOST),
+        (999, ErrorKind.DEVICE_STICKY),
         (700, ErrorKind.DEVICE_STICKY),
         (710, ErrorKind.DEVICE_STICKY),
         (719, ErrorKind.DEVICE_STICKY),

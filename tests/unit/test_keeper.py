@@ -16,8 +16,9 @@ import numpy as np
 import psutil
 import pytest
 
+import backends._keeper
 from backends._keeper import Keeper
-from backends.contract import ModelError, Share
+from backends.contract import FaultPlan, ModelError, Share, Site
 from backends.cpu import Cpu
 from backends.errors import ErrorKind, RuntimeFailure, Shortage
 from backends.faults import ballast
@@ -190,3 +191,42 @@ input()
     os.kill(parent.pid, signal.SIGKILL)
     parent.communicate()
     _until(lambda: _gone(child), "the child ended with its parent")
+
+
+# What does not answer.
+
+
+def test_a_child_that_hangs_is_killed_and_the_call_fails(
+    keeper: Keeper, handle: Cpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = keeper.load(DEFAULT_MODEL)
+    monkeypatch.setattr(backends._keeper, "_PATIENCE_S", 1.0)
+    with handle.arm(FaultPlan(Site.RUNTIME_HANG)) as fault:
+        with pytest.raises(RuntimeFailure) as caught:
+            model.run(_features(1))
+        fired = fault.record().faults_fired
+    assert caught.value.kind is ErrorKind.PROCESS_LOST and fired == 1, f"{caught.value.kind}, {fired} fired"
+    assert not keeper.alive, "it lives on"
+
+
+def test_an_answer_that_nobody_waited_for_is_never_taken_for_another(keeper: Keeper, handle: Cpu) -> None:
+    model = keeper.load(DEFAULT_MODEL)
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        with handle.arm(FaultPlan(Site.RUNTIME_HANG)), pytest.raises(KeyboardInterrupt):
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+            model.run(_features(1))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(RuntimeFailure, match="had the device ended"):
+        keeper.memory()
+
+
+def test_a_child_for_a_fallback_sees_no_accelerator(handle: Cpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    for made, expected in ((handle, "0"), (handle.fallback(), "")):
+        child = Keeper(made.share())
+        seen = psutil.Process(child.process_id).environ().get("CUDA_VISIBLE_DEVICES")
+        child.close()
+        assert seen == expected, f"the child of {made.device} sees {seen!r}"

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from backends.errors import ErrorKind, classify
+from backends.errors import ErrorKind, Shortage, diagnose
 from protection.events import EventKind, Events
 from protection.metrics import Metrics
 
 T = TypeVar("T")
+_WHY = {Shortage.CAPPED: ": a limit refused", Shortage.EXHAUSTED: ": nothing was left", None: ""}
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class Failure:
 
     kind: ErrorKind
     text: str
+    #: Why there was no memory, where the error tells.
+    shortage: Shortage | None = None
     #: Whether it was the rung that failed, and not the work.
     of_rung: bool = False
 
@@ -104,7 +107,9 @@ class Ladder:
         try:
             return _Done(work())
         except Exception as error:
-            return Failure(classify(error), f"{type(error).__name__}: {str(error)[-300:].strip() or 'no text'}")
+            found = diagnose(error)
+            text = f"{type(error).__name__}: {str(error)[-300:].strip() or 'no text'}"
+            return Failure(found.kind, text, found.shortage)
 
     def _note(self, failure: Failure) -> None:
         if failure.kind.is_oom:
@@ -133,7 +138,7 @@ class Ladder:
         }.get(failure.kind, (EventKind.DEVICE_ERROR, "the device reported an error"))
         self._events.tell(
             kind,
-            f"{what} ({failure.text})",
+            f"{what}{_WHY[failure.shortage]} ({failure.text})",
             "recovery begins",
             "nothing is lost: the recording goes on and answers follow",
         )

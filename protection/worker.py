@@ -230,10 +230,12 @@ def _or_end(run: Callable[[], None]) -> None:
 
 def _described(error: Exception) -> dict[str, Any]:
     from backends.contract import BackendError
-    from backends.errors import classify
+    from backends.errors import diagnose
 
+    diagnosis = diagnose(error)
     return {
-        "kind": classify(error).value,
+        "kind": diagnosis.kind.value,
+        "shortage": None if diagnosis.shortage is None else diagnosis.shortage.value,
         "error": type(error).__name__,
         "refused": isinstance(error, BackendError),
         "text": str(error)[-_TEXT_MOST:],

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from backends.contract import BackendError, LimitNotEnforced, ModelError, Share, Unsupported
-from backends.errors import ErrorKind, RuntimeFailure
+from backends.errors import ErrorKind, RuntimeFailure, Shortage
 from protection.channel import AwakeClock, Channel, Ended, Frame, Kind, TornMessage, Wait, until
-from protection.template import Forked, Template, TemplateLost, template_for
+from protection.template import STATUS_UNKNOWN, Forked, Template, TemplateLost, template_for
 from protection.worker import EXIT_HOST_SILENT, boot
 
 _log = logging.getLogger("plimsoll.protection")
@@ -438,13 +438,16 @@ def _failure(frame: Frame) -> Exception | None:
         if meta["refused"]:
             refusal = _REFUSALS.get(meta["error"], BackendError)
             return refusal(meta["text"])
-        return RuntimeFailure(ErrorKind(meta["kind"]), f"{meta['error']}: {meta['text']}")
+        shortage = None if meta["shortage"] is None else Shortage(meta["shortage"])
+        return RuntimeFailure(ErrorKind(meta["kind"]), f"{meta['error']}: {meta['text']}", shortage)
     except (KeyError, TypeError, ValueError) as error:
         raise TornMessage(f"a failure without its reason came ({type(error).__name__}: {error})") from error
 
 
 def _how(status: int) -> str:
     """Say how a process ended."""
+    if status == STATUS_UNKNOWN:
+        return "ended, and the process that it was forked from does not say how"
     if status >= 0:
         silent = " (it could not write: its host did not read)" if status == EXIT_HOST_SILENT else ""
         return f"ended with status {status}{silent}"

@@ -222,8 +222,14 @@ class Template:
             while not until(self._control, False, min(timeout_s, AwakeClock.STEP_S)):
                 if clock.read_s() >= timeout_s:
                     raise TemplateLost(f"the template gave no answer within {timeout_s:g} s")
-            data, descriptors, _, _ = socket.recv_fds(self._control, _PACKET_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+            try:
+                data, descriptors, _, _ = socket.recv_fds(self._control, _PACKET_BYTES, 1, socket.MSG_CMSG_CLOEXEC)
+            except ConnectionResetError:
+                # It left something unread behind.
+                data = b""
             if not data:
+                # It closes its end when it ends, and not before.
+                self._process.wait()
                 raise TemplateLost("the template ended")
             message: dict[str, Any] = json.loads(data)
             # A late word about a worker that nobody asks about any more is not kept: its number may be another's.

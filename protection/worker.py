@@ -136,8 +136,6 @@ class _Worker:
                 self._beat_s, self._host_patience_s = meta["beat_s"], meta["host_patience_s"]
                 self._model_path = Path(meta["model"])
                 self._backend = backends.rebuild(meta["share"])
-                if meta["load"]:
-                    return self._load(), b""
                 return {"device": self._backend.device}, b""
             case "infer":
                 model = self._model or self._loaded()

@@ -218,7 +218,7 @@ class WorkerEngine:
             if unloaded:
                 fallback.load()
         except RuntimeFailure as error:
-            if error.kind in _POISONED:
+            if error.kind in _POISONED or not fallback.started:
                 self._drop(fallback)
             else:
                 # It had no memory for the model: the next attempt needs no new process.

@@ -98,17 +98,21 @@ class Worker:
         self._cancelled = False
         #: What was wrong with its answers about the device.
         self._garbled = ""
-        #: Number of the first request, until its answer is there.
-        self._starting = 0
+        #: Numbers of the first requests, until their answers are there.
+        self._starting: list[int] = []
+        #: Whether it has made its backend.
+        self.started = False
         self.loaded: Mapping[str, Any] = {}
         meta = {
             "share": dict(share.data),
             "model": str(model),
-            "load": load,
             "beat_s": deadlines.heartbeat_s / 5,
             "host_patience_s": deadlines.host_patience_s,
         }
-        self._starting = self._send("start", meta, b"", _Patience(self, deadlines.start_s, deadlines.heartbeat_s))
+        patience = _Patience(self, deadlines.start_s, deadlines.heartbeat_s)
+        self._starting.append(self._send("start", meta, b"", patience))
+        if load:
+            self._starting.append(self._send("load", {}, b"", patience))
 
     @property
     def process_id(self) -> int:
@@ -132,13 +136,13 @@ class Worker:
         return not self._reaped and self._process.poll() is None
 
     def ready(self) -> Mapping[str, Any]:
-        """Wait until the first request is answered; give the answer. Raises WorkerLost, or what failed there."""
-        if self._starting:
-            number, self._starting = self._starting, 0
-            # A process that starts on a busy machine gives no sign of life before it has imported its libraries.
-            patience = _Patience(self, self._deadlines.start_s, self._deadlines.start_s)
+        """Wait until the first requests are answered; give the last answer. Raises WorkerLost, or what failed there."""
+        # A process that starts on a busy machine gives no sign of life before it has imported its libraries.
+        patience = _Patience(self, self._deadlines.start_s, self._deadlines.start_s)
+        while self._starting:
             try:
-                self.loaded = self._receive(number, patience).meta
+                self.loaded = self._receive(self._starting.pop(0), patience).meta
+                self.started = True
             except WorkerLost as error:
                 error.at_start = True
                 raise

@@ -178,6 +178,8 @@ def take_option(arguments: Sequence[str], option: str) -> tuple[str, list[str]]:
 def plan(session: nox.Session, found: Sequence[machine.Cell], quick: bool) -> None:
     """Queue the cells that can run here, or the one of ``--backend``, and say why the others are not run."""
     asked, arguments = take_option(session.posargs, "--backend")
+    if not asked and any(argument.split("=")[0] == "--backend" for argument in session.posargs):
+        session.error("--backend needs a value: the name of a backend, such as --backend cpu")
     chosen = [cell for cell in found if asked in ("", cell.backend.name)]
     if not chosen:
         names = sorted({cell.backend.name for cell in found})

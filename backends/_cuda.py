@@ -152,7 +152,7 @@ class CudaDevice(KeptDevice):
 
     def _fill(self, held: list[Allocation], free_bytes: int) -> list[Allocation]:
         # A neighbour that is there already goes on taking what others free.
-        there = [each for each in held if isinstance(each, _Neighbour) and each.is_there]
+        there: list[Allocation] = [each for each in held if isinstance(each, _Neighbour) and each.is_there]
         return there or [_Neighbour(DeviceBallast(self._index, free_bytes + self.granularity_bytes, _BALLAST_LIMIT_S))]
 
     def _provenance(self, site: Site) -> Provenance:

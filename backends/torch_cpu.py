@@ -34,10 +34,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from backends._build import environment, torch_cuda_version
 from backends._device import heap_trim, one_device
 from backends._keeper import KeptDevice
 from backends._torch import TorchBackend, quiet_torch
-from backends.contract import YES, Allocation, Backend, BackendError, Capability, MemoryReading, no
+from backends.contract import YES, Allocation, Availability, Backend, BackendError, Capability, MemoryReading, no
 from backends.errors import Diagnosis, ErrorKind, Shortage, classify, note
 from backends.faults import limits
 from backends.faults.plan import Board
@@ -95,6 +96,20 @@ class TorchCpu(KeptDevice, TorchBackend):
         self._warm_bytes = 0
         self._cap_bytes: int | None = None
         self._thread = _ComputeThread()
+
+    @classmethod
+    def probe(cls) -> Availability:
+        """Look for torch, without importing it; where an environment promises the CPU build, it has to be that."""
+        found = super().probe()
+        cuda = torch_cuda_version() if found.available and environment() == "cpu" else None
+        if cuda is None:
+            return found
+        return Availability(
+            False,
+            f"{found.runtime} is built for CUDA {cuda[0]}.{cuda[1]}, and the environment cpu promises the CPU build: "
+            "reinstall it with nox --reuse-venv=never -s memory-quick-cpu, or choose where it comes from with "
+            "PLIMSOLL_TORCH_INDEX",
+        )
 
     def _named(self, device: str | None) -> tuple[str, int]:
         return one_device(self.name, "torch-cpu:process" if self._bounded else "torch-cpu", device)

@@ -83,7 +83,8 @@ class _DeviceElsewhere:
         worker = self._engine._device
         if (worker is None or not worker.alive) and self._last is not None:
             # Also where it died unasked, while the fallback is in use: then the way back is open.
-            return replace(self._last, used_bytes=0, reserved_bytes=0, source="no process has the device now")
+            nothing = replace(self._last, used_bytes=0, reserved_bytes=0, fragmented_bytes=0)
+            return replace(nothing, scope="process", source="no process has the device now")
         self._last = MemoryReading(**self._worker().side("memory")[1])
         return self._last
 

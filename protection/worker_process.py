@@ -22,6 +22,7 @@ from typing import Any
 
 from backends.contract import BackendError, LimitNotEnforced, ModelError, Share, Unsupported
 from backends.errors import ErrorKind, RuntimeFailure, Shortage
+from backends.process import NO_ACCELERATOR
 from protection.channel import AwakeClock, Channel, Ended, Frame, Kind, TornMessage, Wait, until
 from protection.template import STATUS_UNKNOWN, Forked, Template, TemplateLost, template_for
 from protection.worker import EXIT_HOST_SILENT, boot
@@ -30,8 +31,6 @@ _log = logging.getLogger("plimsoll.protection")
 
 #: The errors of the contract, by name: what a worker refused is refused here.
 _REFUSALS = {each.__name__: each for each in (BackendError, LimitNotEnforced, ModelError, Unsupported)}
-#: A process with these finds no accelerator: the fallback cannot touch the failed device.
-NO_ACCELERATOR = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "ROCR_VISIBLE_DEVICES": ""}
 _STDERR_MOST_BYTES = 1 << 20
 _STDERR_SHOWN_BYTES = 500
 _PUNCH_HOLE_KEEP_SIZE = 3
@@ -83,7 +82,7 @@ class Worker:
         self._deadlines = deadlines
         try:
             self._work, self._side, self._stderr, self._process, self._template = launcher.submit(
-                _launch, share, NO_ACCELERATOR if hides_accelerator else {}
+                _launch, share, NO_ACCELERATOR if hides_accelerator or share.blind else {}
             ).result()
         except (OSError, subprocess.SubprocessError) as error:
             # No descriptor, no process, no memory for one: that passes, and is nobody's fault.

@@ -35,7 +35,7 @@ MB = 10**6
 #: The file in a cell's virtual environment that says what is installed there.
 STAMP = "installed-pins"
 #: What a user should plan for, environment already installed.
-QUICK_MIN = 7
+QUICK_MIN = 6
 SOAK_MIN = 100
 
 

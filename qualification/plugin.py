@@ -60,7 +60,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--backend", metavar="NAME", help="backend to qualify on (default: the first that is available)")
     group.addoption("--device", metavar="NAME", help="device of the backend, such as cuda:1 (default: its first)")
     group.addoption("--subject", metavar="MODULE:FACTORY", default=DEFAULT_SUBJECT, help="application to qualify")
-    group.addoption("--model", metavar="FILE.onnx", type=Path, default=DEFAULT_MODEL, help="acoustic model to load")
+    group.addoption(
+        "--model",
+        metavar="FILE",
+        type=Path,
+        default=DEFAULT_MODEL,
+        help="acoustic model: FILE.onnx, or FILE.pt2 on torch",
+    )
     group.addoption("--audio", metavar="FILE.wav", type=Path, default=DEFAULT_AUDIO, help="speech, 16 kHz mono 16-bit")
     group.addoption("--criteria", metavar="FILE.toml", type=Path, help="limits and parameters other than the defaults")
     group.addoption("--results", metavar="FOLDER", type=Path, default=DEFAULT_RESULTS, help="folder for the records")

@@ -10,6 +10,7 @@ import os
 import random
 import socket
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -212,6 +213,45 @@ class LosesTheDevice(_Broken):
         if request.meta["do"] == "infer":
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return super()._do(request)
+
+
+class _WakesUpWithout(_Broken):
+    """Works until it was stopped and went on, as in a laptop that slept. From then on each inference has CUDA's error.
+
+    There is no such device here: only the text is CUDA's, and what is shown is what the host makes of it.
+    """
+
+    text = ""
+    _slept = False
+
+    def _beat(self) -> None:
+        threading.Thread(target=self._notice_sleep, daemon=True).start()
+        super()._beat()
+
+    def _notice_sleep(self) -> None:
+        before_s = time.monotonic()
+        while True:
+            time.sleep(0.01)
+            now_s = time.monotonic()
+            self._slept = self._slept or now_s - before_s > 0.5
+            before_s = now_s
+
+    def _do(self, request: Frame) -> tuple[dict[str, Any], Any]:
+        if request.meta["do"] == "infer" and self._slept:
+            raise RuntimeError(self.text)
+        return super()._do(request)
+
+
+class WakesUpToUnknownErrors(_WakesUpWithout):
+    """999, cudaErrorUnknown."""
+
+    text = "CUDA error: unknown error"
+
+
+class WakesUpToLaunchFailures(_WakesUpWithout):
+    """719, cudaErrorLaunchFailure."""
+
+    text = "CUDA error: unspecified launch failure"
 
 
 class StartsWithoutMemory(_Broken):

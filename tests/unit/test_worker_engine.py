@@ -32,10 +32,11 @@ from backends.cpu import Cpu
 from backends.errors import ErrorKind, RuntimeFailure, classify
 from backends.faults import ballast
 from backends.model import DEFAULT_MODEL
+from backends.process import NO_ACCELERATOR
 from protection.channel import Channel
 from protection.engine import EngineError, InProcessEngine
 from protection.worker_engine import WorkerEngine
-from protection.worker_process import NO_ACCELERATOR, Deadlines, WorkerLost
+from protection.worker_process import Deadlines, WorkerLost
 from tests.meta import broken_workers
 
 MIB = 1 << 20

@@ -205,6 +205,29 @@ def test_a_device_after_whose_error_nothing_works_costs_the_worker(
     assert workers[0] not in _workers(pipeline), f"workers before {workers}, after {_workers(pipeline)}"
 
 
+@pytest.mark.parametrize("woken", ["WakesUpToUnknownErrors", "WakesUpToLaunchFailures"])
+def test_a_device_that_is_lost_to_a_worker_by_a_suspend_costs_the_worker_and_nothing_else(
+    woken: str, start: Open, audio: Audio, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protection.worker_process, "boot", broken_workers.boot(woken))
+    samples = audio(4.0)
+    pipeline = start()
+    workers = _workers(pipeline)
+    pipeline.feed(0, samples[: 2 * SECOND])
+    pipeline.drain(20.0)
+    assert not _kinds(pipeline), f"told before the sleep: {_kinds(pipeline)}"
+    for worker in workers:
+        worker.suspend()
+    time.sleep(1.0)
+    for worker in workers:
+        worker.resume()
+    pipeline.feed(2 * SECOND, samples[2 * SECOND :])
+    pipeline.drain(20.0)
+    _same(pipeline.results(), expected(samples))
+    assert _kinds(pipeline) == ["device_error", "restart_worker", "recovered"], f"told: {_kinds(pipeline)}"
+    assert workers[0] not in _workers(pipeline), f"workers before {workers}, after {_workers(pipeline)}"
+
+
 # Up the ladder.
 
 

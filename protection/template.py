@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import gc
 import importlib
 import json
@@ -117,7 +118,8 @@ class Template:
                 self._control.close()
                 raise TemplateLost(f"no template could be started: {error}") from error
         try:
-            self._receive(_READY_S, "ready")
+            with self._lock:
+                self._receive(_READY_S, "ready")
         except (OSError, TemplateLost) as error:
             self.end()
             raise TemplateLost(f"no template could be started: {error}") from error
@@ -349,6 +351,8 @@ def _tell(end: socket.socket, message: dict[str, Any], *descriptors: int) -> Non
 
 def _fork(request: Mapping[str, Any], descriptors: list[int], own: list[int]) -> tuple[int, int]:
     """Fork a worker; give the descriptor that it is watched by, and its process id. Raises OSError."""
+    if len(descriptors) <= len(request["descriptors"]):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
     template = os.getpid()
     with warnings.catch_warnings():
         # Python warns where a process has several threads. Those of libraries that are here sleep, and handle a fork.

@@ -389,10 +389,21 @@ def _refuse(end: socket.socket, write: bool) -> None:
     raise TimeoutError("it does not read")
 
 
-def _launch(
-    share: Share, hidden: Mapping[str, str]
-) -> tuple[Channel, Channel, int, subprocess.Popen[bytes] | Forked, Template | None]:
+_Launched = tuple[Channel, Channel, int, subprocess.Popen[bytes] | Forked, Template | None]
+
+
+def _launch(share: Share, hidden: Mapping[str, str]) -> _Launched:
     """Start the process. On the launcher's thread: the kernel ends a worker with the thread that started it."""
+    if share.preload is not None:
+        try:
+            return _launch_from(template_for(share.preload), share, hidden)
+        except TemplateLost as error:
+            # It saves time, and is not needed. What it may still fork has connections of its own, and they are closed.
+            _log.warning("a worker is started without its template: %s", error)
+    return _launch_from(None, share, hidden)
+
+
+def _launch_from(template: Template | None, share: Share, hidden: Mapping[str, str]) -> _Launched:
     with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
         ends, workers_ends = [], []
         for _ in ("work", "side"):
@@ -404,17 +415,10 @@ def _launch(
         ours.callback(os.close, stderr)
         append = theirs.enter_context(Path(f"/proc/self/fd/{stderr}").open("ab"))
         descriptors = (*workers_ends, *share.descriptors)
-        process: subprocess.Popen[bytes] | Forked | None = None
-        template: Template | None = None
-        if share.preload is not None:
-            try:
-                template = template_for(share.preload)
-                process = template.launch([str(end) for end in workers_ends], descriptors, append.fileno(), hidden)
-            except TemplateLost as error:
-                # It saves time, and is not needed.
-                _log.warning("a worker is started without its template: %s", error)
-                template = None
-        if process is None:
+        process: subprocess.Popen[bytes] | Forked
+        if template is not None:
+            process = template.launch([str(end) for end in workers_ends], descriptors, append.fileno(), hidden)
+        else:
             process = subprocess.Popen(
                 [sys.executable, *boot(os.getpid(), *workers_ends)],
                 stdin=subprocess.DEVNULL,

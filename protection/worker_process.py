@@ -399,7 +399,8 @@ def _launch(share: Share, hidden: Mapping[str, str]) -> _Launched:
             return _launch_from(template_for(share.preload), share, hidden)
         except TemplateLost as error:
             # It saves time, and is not needed. What it may still fork has connections of its own, and they are closed.
-            _log.warning("a worker is started without its template: %s", error)
+            # Logged as text: who keeps an error keeps its frames, and the workers in them.
+            _log.warning("a worker is started without its template: %s", str(error))
     return _launch_from(None, share, hidden)
 
 

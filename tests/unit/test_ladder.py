@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from backends.cpu import Cpu
+from backends.errors import ErrorKind, RuntimeFailure, Shortage
 from protection.events import Event, EventKind, Events
 from protection.ladder import Ladder, NotOurs, RecoveryFailed, Rung
 from protection.metrics import Metrics
@@ -21,6 +22,7 @@ CLEAR, COLLECT, REDUCE = EventKind.CACHE_CLEAR, EventKind.GARBAGE_COLLECT, Event
 RESTART, FALLBACK = EventKind.RESTART_WORKER, EventKind.CPU_FALLBACK
 #: As CUDA says it. There is none here: what is proved is what the ladder does with the kind.
 DEVICE_TEXT = "CUDA error: invalid argument"
+LOST_TEXT = "CUDA error: no CUDA-capable device is detected"
 
 
 class Climb:
@@ -262,6 +264,46 @@ def test_three_device_errors_in_a_row_lead_straight_to_the_fallback() -> None:
     expected = [EventKind.DEVICE_ERROR, CLEAR, COLLECT, FALLBACK, EventKind.RECOVERED]
     assert climb.kinds() == expected, f"three device errors in a row told {climb.kinds()}"
     assert climb.metrics.all()["device_errors_total"] == 3, f"the counts are {climb.metrics.all()}"
+
+
+def test_a_device_that_is_lost_leads_straight_to_the_fallback() -> None:
+    climb = Climb([_rung(CLEAR), _rung(COLLECT), _rung(REDUCE), _rung(RESTART, repeats=True), _rung(FALLBACK)])
+    climb.ladder.run(_failing(1, lambda: RuntimeError(LOST_TEXT))[0])
+    assert climb.kinds() == [EventKind.DEVICE_ERROR, FALLBACK, EventKind.RECOVERED], f"told: {climb.kinds()}"
+    assert climb.metrics.all()["device_errors_total"] == 1, f"the counts are {climb.metrics.all()}"
+    assert climb.ladder.errors_in_a_row == 0, f"after the success {climb.ladder.errors_in_a_row} are in a row"
+
+
+def test_a_device_that_is_lost_in_a_recovery_ends_the_search_there() -> None:
+    climb = Climb([_rung(CLEAR), _rung(COLLECT), _rung(RESTART, repeats=True), _rung(FALLBACK)])
+    errors = [MemoryError(), RuntimeError(LOST_TEXT)]
+
+    def work() -> str:
+        if errors:
+            raise errors.pop(0)
+        return "answer"
+
+    climb.ladder.run(work)
+    assert climb.kinds() == [EventKind.OOM_DETECTED, CLEAR, FALLBACK, EventKind.RECOVERED], f"told: {climb.kinds()}"
+    metrics = climb.metrics.all()
+    assert (metrics["oom_total"], metrics["device_errors_total"]) == (1, 1), f"the counts are {metrics}"
+
+
+def test_a_device_that_is_lost_where_no_fallback_applies_has_the_other_rungs() -> None:
+    climb = Climb([_rung(CLEAR), _rung(RESTART), _rung(FALLBACK, not_now=lambda: "it is the fallback already")])
+    climb.ladder.run(_failing(2, lambda: RuntimeError(LOST_TEXT))[0])
+    assert climb.kinds() == [EventKind.DEVICE_ERROR, CLEAR, RESTART, EventKind.RECOVERED], f"told: {climb.kinds()}"
+
+
+@pytest.mark.parametrize(
+    ("shortage", "told"),
+    [(Shortage.CAPPED, ": a limit refused ("), (Shortage.EXHAUSTED, ": nothing was left ("), (None, " (")],
+)
+def test_why_there_was_no_memory_is_told_where_it_is_known(shortage: Shortage | None, told: str) -> None:
+    climb = Climb([_rung(CLEAR)])
+    climb.ladder.run(_failing(1, lambda: RuntimeFailure(ErrorKind.DEVICE_OOM, "refused", shortage))[0])
+    message = climb.events.all()[0].message
+    assert message == f"the device ran out of memory{told}RuntimeFailure: refused)", f"told: {message}"
 
 
 def test_a_success_in_between_resets_the_count_of_device_errors() -> None:

@@ -336,8 +336,8 @@ def test_threads_that_launch_at_once_each_get_their_own(preload: Preload) -> Non
         # Ended from other threads while more are launched.
         ended = [threads.submit(each.close) for each in workers[::2]]
         more = list(threads.map(lambda _: Launched(probe), range(8)))
-        for closing in ended:
-            closing.result(30.0)
+        for end in ended:
+            end.result(30.0)
     kept = [*workers[1::2], *more]
     alive = [each.process.poll() for each in kept]
     ids = {each.process.pid for each in kept}
@@ -445,6 +445,29 @@ def test_a_stopped_template_costs_a_recovery_a_moment_and_no_other_worker(
     _until(lambda: _gone(stopped), "it is ended")
 
 
+def test_what_a_template_says_too_late_leaves_nothing(
+    preload: Preload, launch: Callable[..., Launched], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(protection.template, "_ANSWER_S", 0.3)
+    probe = preload()
+    first = launch(probe)
+    template = _template(first)
+    stopped = _stop(template)
+    second = launch(probe)
+    assert second.template is None, "a stopped template forked"
+    assert "gave no answer within 0.3 s" in caplog.text, f"logged: {caplog.text}"
+    stopped.resume()
+    # It forks now, for nobody: that one finds its host's ends closed.
+    third = launch(probe)
+    assert third.template not in (None, template) and first.process.poll() is None, "the late one is asked again"
+    _until(lambda: [each.pid for each in stopped.children()] == [first.process.pid], "the late worker has ended")
+    before = _descriptors()
+    first.process.kill()
+    assert first.process.wait(20.0) == -signal.SIGKILL, f"it ended with {first.process.returncode}"
+    assert _gone(stopped), "it was kept without workers"
+    _until(lambda: _descriptors() == before - 1, "its connection is closed")
+
+
 def test_a_template_that_is_killed_takes_its_workers_along_and_the_next_is_another(
     start: Callable[..., WorkerEngine],
 ) -> None:
@@ -471,6 +494,30 @@ def test_a_status_that_nobody_told_is_none_of_a_signal() -> None:
 
 
 # Its life.
+
+
+def test_a_template_without_workers_ends_and_leaves_nothing(preload: Preload, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protection.template, "_LINGER_S", 0.4)
+    probe = preload()
+    descriptors, threads = _descriptors(), set(threading.enumerate())
+    ids = set()
+    for _ in range(2):
+        workers = [Launched(probe) for _ in range(5)]
+        process = psutil.Process(_template(workers[0]).process_id)
+        ids.add(process.pid)
+        for each in workers[1:]:
+            each.close()
+        # One is enough for it to stay.
+        threading.Event().wait(0.8)
+        assert not _gone(process) and workers[0].process.poll() is None, "it went before its last worker"
+        assert len(set(threading.enumerate()) - threads) == 1, f"threads {threading.enumerate()}"
+        workers[0].close()
+        _until(lambda: set(threading.enumerate()) == threads, "its thread ends", 5.0)
+        assert not psutil.Process().children(), f"left: {psutil.Process().children()}"
+        workers.clear()
+        del each
+        assert _descriptors() == descriptors, f"{descriptors} descriptors before, {_descriptors()} after"
+    assert len(ids) == 2, f"the templates were {ids}"
 
 
 def test_engines_share_one_template(start: Callable[..., WorkerEngine]) -> None:
@@ -535,12 +582,46 @@ def _ended(host: subprocess.Popen[str]) -> str:
     return errors
 
 
-def test_a_host_that_is_killed_takes_template_and_workers_along(host: Callable[[str], subprocess.Popen[str]]) -> None:
-    parent = host("engine = WorkerEngine(Cpu(), DEFAULT_MODEL, standby=True)\nsay(*engine.process_ids())\ninput()")
+@pytest.mark.parametrize("state", ["running", "stopped"])
+def test_a_host_that_is_killed_takes_template_and_workers_along(
+    host: Callable[[str], subprocess.Popen[str]], state: str
+) -> None:
+    # Once they have answered they have begun.
+    parent = host("""
+engine = WorkerEngine(Cpu(), DEFAULT_MODEL, standby=True)
+engine.infer(features)
+engine.fall_back()
+say(*engine.process_ids())
+input()
+""")
     processes = [psutil.Process(each) for each in _hear(parent)[1:]]
     assert len(processes) == 3, f"they are {processes}"
+    if state == "stopped":
+        for each in processes:
+            each.suspend()
     parent.kill()
-    _until(lambda: all(map(_gone, processes)), f"of {processes} none outlives the host")
+    _until(lambda: all(map(_gone, processes)), f"of {processes}, {state}, none outlives the host")
+
+
+@pytest.mark.parametrize("close", ["", "engine.close()"], ids=["without-closing", "closed"])
+def test_a_host_ends_without_a_word_and_without_waiting(
+    host: Callable[[str], subprocess.Popen[str]], close: str
+) -> None:
+    parent = host(f"""
+engine = WorkerEngine(Cpu(), DEFAULT_MODEL)
+engine.infer(features)
+say(*engine.process_ids())
+input()
+{close}
+""")
+    processes = [psutil.Process(each) for each in _hear(parent)[1:]]
+    began_s = time.monotonic()
+    errors = _ended(parent)
+    took_s = time.monotonic() - began_s
+    _until(lambda: all(map(_gone, processes)), "none outlives it")
+    # An engine that is not closed leaves its own connections, streams, to the collector. The template's is none.
+    theirs = [line for line in errors.splitlines() if f"type={int(socket.SOCK_STREAM)}," not in line]
+    assert not theirs and took_s < 5.0, f"it took {took_s:.1f} s, and said {theirs}"
 
 
 def test_an_interrupt_from_the_keyboard_reaches_neither(host: Callable[[str], subprocess.Popen[str]]) -> None:

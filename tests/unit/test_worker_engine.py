@@ -29,7 +29,7 @@ import protection.worker_engine
 import protection.worker_process
 from backends.contract import Backend, BackendError, FaultPlan, FaultRecord, ModelError, Site
 from backends.cpu import Cpu
-from backends.errors import ErrorKind, RuntimeFailure, classify
+from backends.errors import ErrorKind, RuntimeFailure, Shortage, classify
 from backends.faults import ballast
 from backends.model import DEFAULT_MODEL
 from backends.process import NO_ACCELERATOR
@@ -244,6 +244,7 @@ def test_a_load_without_host_memory_is_tried_again_where_there_is_some(start: St
             engine.restart()
         record = fault.record()
     assert caught.value.kind is ErrorKind.HOST_OOM and record.faults_fired == 1, f"{caught.value}; {record}"
+    assert caught.value.shortage is None, f"a bare MemoryError does not tell why: {caught.value.shortage}"
     (worker,) = _workers(engine)
     assert _is_right(engine) and _workers(engine) == [worker], f"workers: {worker}, then {_workers(engine)}"
 
@@ -605,6 +606,7 @@ def test_a_full_device_is_told_as_the_runtime_tells_it(shared: WorkerEngine, han
             shared.infer(_features(16))
         record = fault.record()
     assert caught.value.kind is ErrorKind.DEVICE_OOM and not shared.lost, f"{caught.value.kind}, lost {shared.lost}"
+    assert caught.value.shortage is Shortage.CAPPED, f"why it was refused: {caught.value.shortage}"
     assert (record.points_seen, record.faults_fired) == (1, 1), f"the record is {record}"
     shared.release_cached()
     assert _is_right(shared, 16) and shared.process_ids() == before, "the worker was replaced"
@@ -690,6 +692,93 @@ def test_a_fallback_that_cannot_start_is_not_kept_and_tried_anew(start: Start, m
             call()
         assert caught.value.kind is ErrorKind.HOST_OOM, f"{caught.value!r}"
     assert _is_right(engine), "the scores differ"
+
+
+def test_a_fallback_without_memory_for_its_model_is_asked_again_in_the_same_process(start: Start, bounded: Cpu) -> None:
+    engine = start()
+    tried = []
+    with bounded.arm(FaultPlan(Site.HOST_MEMORY, times=3, min_bytes=1 << 20)) as fault:
+        for _ in range(3):
+            with pytest.raises(RuntimeFailure) as caught:
+                engine.fall_back()
+            tried.append((caught.value.kind, [worker.pid for worker in _workers(engine)]))
+        assert engine.device == "cpu:arena", f"it says that it is on {engine.device}"
+        engine.fall_back()
+        record = fault.record()
+    found = [worker.pid for worker in _workers(engine)]
+    assert tried == [(ErrorKind.HOST_OOM, found)] * 3 and len(found) == 2, f"tried {tried}, and then in {found}"
+    assert record.faults_fired == 3 and engine.degraded and _is_right(engine), f"{record}; on {engine.device}"
+
+
+# A fallback that lingers.
+
+
+def test_a_fallback_lingers_without_its_model_and_is_used_again(start: Start) -> None:
+    engine = start()
+    engine.fall_back()
+    device, fallback = _workers(engine)
+    for _ in range(2):
+        for batch in (16, 4):
+            assert _is_right(engine, batch), f"of {batch} chunks on {engine.device} the scores differ"
+        loaded_bytes = fallback.memory_info().rss
+        assert engine.return_to_device() and _is_right(engine), "it did not return, or the scores differ"
+        unloaded_bytes = fallback.memory_info().rss
+        assert _workers(engine) == [device, fallback], f"workers {_workers(engine)}, before {device} and {fallback}"
+        assert loaded_bytes - unloaded_bytes > 4 * MIB, f"with its model {loaded_bytes} bytes, without {unloaded_bytes}"
+        engine.fall_back()
+        assert _workers(engine) == [device, fallback] and engine.degraded, f"workers {_workers(engine)}"
+
+
+def test_a_fallback_that_was_not_needed_for_long_goes_with_the_next_inference(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start()
+    engine.fall_back()
+    device, fallback = _workers(engine)
+    assert engine.return_to_device() and _is_right(engine), "it did not return, or the scores differ"
+    assert _workers(engine) == [device, fallback], f"workers {_workers(engine)}: not before its time"
+    engine.fall_back()
+    monkeypatch.setattr(protection.worker_engine, "_LINGER_S", 0.3)
+    assert engine.return_to_device(), "it did not return"
+    threading.Event().wait(0.5)
+    assert _is_right(engine) and _workers(engine) == [device] and _gone(fallback), f"workers {_workers(engine)}"
+    engine.fall_back()
+    # One that is in use has no time to keep.
+    threading.Event().wait(0.5)
+    assert _is_right(engine) and len(_workers(engine)) == 2, f"workers {_workers(engine)}"
+
+
+@pytest.mark.parametrize("how", ["unload", "close"])
+def test_a_fallback_that_lingers_goes_with_the_model(start: Start, how: str) -> None:
+    engine = start()
+    engine.fall_back()
+    assert engine.return_to_device() and len(_workers(engine)) == 2, f"workers {_workers(engine)}"
+    workers = _workers(engine)
+    getattr(engine, how)()
+    assert all(map(_gone, workers)) and not _workers(engine), f"after {how}: {workers}"
+
+
+def test_a_fallback_that_dies_while_it_lingers_is_replaced_when_it_is_needed(start: Start) -> None:
+    engine = start()
+    engine.fall_back()
+    device, fallback = _workers(engine)
+    assert engine.return_to_device(), "it did not return"
+    fallback.kill()
+    _until(lambda: _workers(engine) == [device], "it is gone")
+    assert _is_right(engine) and not engine.lost, "the device's answers are lost with it"
+    engine.fall_back()
+    found = _workers(engine)
+    assert engine.degraded and found[0] == device and fallback not in found, f"workers {found}"
+    assert _is_right(engine), "the scores differ"
+
+
+def test_a_fallback_that_does_not_unload_does_not_linger(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = start(heartbeat_s=1.0)
+    engine.fall_back()
+    device, fallback = _workers(engine)
+    fallback.suspend()
+    assert engine.return_to_device(), "a fallback that hangs kept it from the device"
+    assert _workers(engine) == [device] and _gone(fallback) and _is_right(engine), f"workers {_workers(engine)}"
 
 
 # A warm standby.

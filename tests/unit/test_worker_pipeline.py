@@ -16,6 +16,7 @@ import numpy.typing as npt
 import psutil
 import pytest
 
+import protection.worker
 import protection.worker_engine
 import protection.worker_process
 from backends.contract import FaultPlan, Site
@@ -226,6 +227,56 @@ def test_a_device_that_is_lost_to_a_worker_by_a_suspend_costs_the_worker_and_not
     _same(pipeline.results(), expected(samples))
     assert _kinds(pipeline) == ["device_error", "restart_worker", "recovered"], f"told: {_kinds(pipeline)}"
     assert workers[0] not in _workers(pipeline), f"workers before {workers}, after {_workers(pipeline)}"
+
+
+#: An error that another process would have too. There is no such device here: what is proved is what comes of it.
+DEVICE_GONE = """
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])
+from tests.meta import broken_workers
+
+class DeviceGone(broken_workers._Broken):
+    def _do(self, request):
+        if request.meta["do"] == "infer":
+            raise RuntimeError("CUDA error: no CUDA-capable device is detected")
+        return super()._do(request)
+
+broken_workers.run(DeviceGone)
+"""
+
+
+def test_a_device_that_is_gone_means_the_fallback_at_once(
+    start: Open, audio: Audio, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    def boot(*numbers: int) -> list[str]:
+        arguments = protection.worker.boot(*numbers)
+        if not started:
+            arguments[arguments.index("-c") + 1] = DEVICE_GONE
+        started.append(len(started))
+        return arguments
+
+    monkeypatch.setattr(protection.worker_process, "boot", boot)
+    samples = audio(2.0)
+    pipeline = start(pressure_interval_s=60.0)
+    pipeline.feed(0, samples)
+    pipeline.drain(20.0)
+    _same(pipeline.results(), expected(samples))
+    assert _kinds(pipeline) == ["device_error", "cpu_fallback", "recovered"], f"told: {_kinds(pipeline)}"
+    assert _where(pipeline) == {("cpu", True)}, f"answers were made on {_where(pipeline)}"
+    metrics = pipeline.metrics()
+    assert metrics["device_errors_total"] == 1 and len(started) == 2, f"{len(started)} workers; {dict(metrics)}"
+    assert "workers_lost_total" not in metrics, f"the worker did not die, but was ended: {dict(metrics)}"
+
+
+def test_the_user_is_told_why_there_was_no_memory(start: Open, bounded: Cpu, audio: Audio) -> None:
+    pipeline = start()
+    with bounded.arm(FaultPlan(Site.DEVICE_MEMORY)):
+        pipeline.feed(0, audio(4.0))
+        pipeline.drain(20.0)
+    first = pipeline.events()[0].message
+    assert first.startswith("the device ran out of memory: a limit refused (RuntimeFailure: "), f"told: {first}"
 
 
 # Up the ladder.

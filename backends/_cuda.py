@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import backends
 from backends._build import environment, promised_cuda, refusal
-from backends._device import DeviceBackend
+from backends._device import HostDevice
 from backends._keeper import KeptDevice
 from backends.contract import (
     YES,
@@ -20,6 +20,7 @@ from backends.contract import (
     BackendError,
     Capability,
     FaultPlan,
+    MemoryReading,
     Provenance,
     Site,
 )
@@ -125,19 +126,40 @@ class CudaDevice(KeptDevice):
     def _most_bytes(self) -> tuple[int, str]:
         return self._total_bytes(), f"what {self.device} has"
 
-    def room_bytes(self, own_bytes: int, cached_bytes: int) -> tuple[int, int]:
-        """Give how much can still be had on the card with so much in use, and how much there is in all.
+    def _card_reading(
+        self,
+        used_bytes: int,
+        source: str,
+        *,
+        exact: bool,
+        cached_bytes: int = 0,
+        reserved_bytes: int | None = None,
+        fragmented_bytes: int = 0,
+    ) -> MemoryReading:
+        """Give a reading from what the runtime says, and from what is free on the card.
 
-        What others hold is not to be had: the limit is not all that binds. ``cached_bytes`` are ours and free.
+        What others hold is not to be had: the limit is not all that binds. ``cached_bytes`` are ours and free;
+        ``reserved_bytes`` is None where the runtime does not say.
         """
         free, total = open_driver().memory(self._index)
         bound = total if self._limit_bytes is None else min(self._limit_bytes, total)
-        return max(0, min(bound - own_bytes, free + cached_bytes)), total
+        taken = bound - max(0, min(bound - used_bytes, free + cached_bytes))
+        by_others = taken > used_bytes
+        return MemoryReading(
+            used_bytes=taken,
+            reserved_bytes=taken if reserved_bytes is None else reserved_bytes,
+            limit_bytes=self._limit_bytes,
+            total_bytes=total,
+            scope="device" if by_others else "process",
+            exact=exact,
+            source="the card's free memory, others' use included" if by_others else source,
+            fragmented_bytes=fragmented_bytes,
+        )
 
     def _on_the_cpu(self, name: str) -> Backend:
         """Make the backend of this name to take over; it runs where no card can be seen."""
         made = backends.create(name)
-        assert issubclass(made, DeviceBackend)
+        assert issubclass(made, HostDevice)
         return made.taking_over(self._board)
 
     # Faults.

@@ -98,13 +98,6 @@ def check_features(features: FloatArray, window_frames: int, mels: int) -> None:
         )
 
 
-def one_device(backend: str, its: str, asked: str | None) -> tuple[str, int]:
-    """Give the name and number of the device of a backend that has one. Raises BackendError for another."""
-    if asked not in (None, its):
-        raise BackendError(f"{backend} has no device {asked!r}: expected {its!r}, or none named")
-    return its, 0
-
-
 class _Held(Allocation):
     """What was allocated through a backend, wherever its device is now."""
 
@@ -341,11 +334,6 @@ class DeviceBackend(Backend):
         )
 
     # Elsewhere.
-
-    @classmethod
-    def taking_over(cls, board: Board) -> Backend:
-        """Make the backend that takes over from a failed device, struck by the plans on that one's board."""
-        raise BackendError(f"{cls.name} is a device, and takes over from none")
 
     def share(self) -> Share:
         """Share the name, the limit, what a variant adds, and the board of faults."""
@@ -593,6 +581,38 @@ class DeviceBackend(Backend):
         for fault in self._armed:
             fault.disarm()
         self._lift_what_is_over()
+
+
+class HostDevice(DeviceBackend):
+    """A backend whose device is a bounded part of the host's memory. Its fallback is the same without the bound."""
+
+    #: What the device is called; without the bound it has the backend's name.
+    bounded_name: ClassVar[str]
+
+    def __init__(self, device: str | None = None, *, bounded: bool = True) -> None:
+        """Make the device (bounded once ``limit_memory`` was called), or with ``bounded=False`` the fallback."""
+        self._bounded = bounded
+        super().__init__(device)
+
+    def _named(self, device: str | None) -> tuple[str, int]:
+        its = self.bounded_name if self._bounded else self.name
+        if device not in (None, its):
+            raise BackendError(f"{self.name} has no device {device!r}: expected {its!r}, or none named")
+        return its, 0
+
+    def _variant(self) -> dict[str, Any]:
+        return {"bounded": self._bounded}
+
+    @classmethod
+    def taking_over(cls, board: Board) -> Backend:
+        """Make the backend that takes over from a failed device, struck by the plans on that one's board."""
+        made = cls(bounded=False)
+        made._board, made.is_blind = board, True
+        return made
+
+    def fallback(self) -> Backend:
+        """Give the same without the bound; it shares the plans that are armed at the host's memory."""
+        return self.taking_over(self._board)
 
 
 def _make_garbage(pieces: list[Allocation]) -> None:

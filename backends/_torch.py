@@ -76,7 +76,7 @@ class TorchModel(Model):
         """Take a module on the backend's device."""
         from backends._torch_model import peak_bytes
 
-        self._backend, self._module, self._spec, self._path = backend, module, spec, path
+        self._backend, self._module, self._path = backend, module, path
         self.device = backend.device
         self.window_frames, self.chunk_frames = spec.window_frames, spec.chunk_frames
         self.vocabulary = spec.vocabulary

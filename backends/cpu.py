@@ -19,10 +19,9 @@ import ctypes
 import weakref
 from typing import Any, ClassVar
 
-from backends._device import one_device
+from backends._device import HostDevice
 from backends._onnxruntime import OrtBackend, quiet_options
-from backends.contract import YES, Backend, BackendError, Capability, no
-from backends.faults.plan import Board
+from backends.contract import YES, BackendError, Capability, no
 
 _SESSION_DOCS = "https://onnxruntime.ai/docs/get-started/with-c.html#share-allocators-between-sessions"
 
@@ -43,10 +42,11 @@ def _give_large_blocks_back() -> None:
         libc.mallopt(_M_TRIM_THRESHOLD, 2 << 20)
 
 
-class Cpu(OrtBackend):
+class Cpu(HostDevice, OrtBackend):
     """A share of host memory as the device: real allocations, a real cap, the runtime's own errors."""
 
     name = "cpu"
+    bounded_name = "cpu:arena"
     provider = "CPUExecutionProvider"
     package = "onnxruntime"
     arena = "cpu:0"
@@ -74,17 +74,6 @@ class Cpu(OrtBackend):
     #: Whose arena new sessions get: the runtime has one registration for the process, and the last replaces it.
     _registered: ClassVar[weakref.ref[Cpu] | None] = None
 
-    def __init__(self, device: str | None = None, *, bounded: bool = True) -> None:
-        """Make the device (bounded once ``limit_memory`` was called), or with ``bounded=False`` the fallback."""
-        self._bounded = bounded
-        super().__init__(device)
-
-    def _named(self, device: str | None) -> tuple[str, int]:
-        return one_device(self.name, "cpu:arena" if self._bounded else "cpu", device)
-
-    def _variant(self) -> dict[str, Any]:
-        return {"bounded": self._bounded}
-
     def _options(self) -> Any:
         options = quiet_options()
         if self._limit_bytes is not None:
@@ -110,17 +99,6 @@ class Cpu(OrtBackend):
         # 1 is kSameAsRequested: regions as large as what was asked for, so that the cap is exact and shrinking works.
         ort.create_and_register_allocator(info, ort.OrtArenaCfg(limit_bytes, 1, -1, -1))
         Cpu._registered = weakref.ref(self)
-
-    @classmethod
-    def taking_over(cls, board: Board) -> Backend:
-        """Make an unbounded session's backend, struck by the plans that are armed on a device's board."""
-        made = cls(bounded=False)
-        made._board, made.is_blind = board, True
-        return made
-
-    def fallback(self) -> Backend:
-        """Give an unbounded session's backend; it shares the plans that are armed at the host's memory."""
-        return self.taking_over(self._board)
 
 
 BACKEND = Cpu

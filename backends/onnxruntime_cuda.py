@@ -201,13 +201,7 @@ class OnnxruntimeCuda(CudaDevice, OrtBackend):
 
     def _memory_here(self) -> MemoryReading:
         estimate = super()._memory_here()
-        room, total = self.room_bytes(estimate.used_bytes, 0)
-        bound = total if self._limit_bytes is None else min(self._limit_bytes, total)
-        binds = bound - room > estimate.used_bytes
-        source = "the card's free memory, others' use included" if binds else estimate.source
-        return MemoryReading(
-            bound - room, bound - room, self._limit_bytes, total, "device" if binds else "process", False, source
-        )
+        return self._card_reading(estimate.used_bytes, estimate.source, exact=False)
 
     def _release_here(self) -> int:
         before, _ = open_driver().memory(self._index)

@@ -30,18 +30,17 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from backends._build import environment, torch_cuda_version
-from backends._device import heap_trim, one_device
+from backends._device import HostDevice, heap_trim
 from backends._keeper import KeptDevice
 from backends._torch import TorchBackend, quiet_torch
-from backends.contract import YES, Allocation, Availability, Backend, BackendError, Capability, MemoryReading, no
+from backends.contract import YES, Allocation, Availability, BackendError, Capability, MemoryReading, no
 from backends.errors import Diagnosis, ErrorKind, Shortage, classify, note
 from backends.faults import limits
-from backends.faults.plan import Board
 from backends.host import data_bytes, host_memory
 
 T = TypeVar("T")
@@ -57,10 +56,11 @@ _HOLES, _HOLE_BYTES = 32, 60 << 10
 _NO_KERNEL = "could not create a primitive"
 
 
-class TorchCpu(KeptDevice, TorchBackend):
+class TorchCpu(HostDevice, KeptDevice, TorchBackend):
     """A process's own memory as the device: real allocations, a real cap, torch's own errors."""
 
     name = "torch-cpu"
+    bounded_name = "torch-cpu:process"
     #: Down to what a window's tensors are made of; smaller requests are the process's own.
     fill_pieces_bytes = (16 << 20, 4 << 20, 1 << 20, 256 << 10)
     capabilities = {
@@ -90,8 +90,7 @@ class TorchCpu(KeptDevice, TorchBackend):
 
     def __init__(self, device: str | None = None, *, bounded: bool = True) -> None:
         """Make the device (bounded once ``limit_memory`` was called), or with ``bounded=False`` the fallback."""
-        self._bounded = bounded
-        super().__init__(device)
+        super().__init__(device, bounded=bounded)
         #: What the process held when it was warm, and the cap that is set.
         self._warm_bytes = 0
         self._cap_bytes: int | None = None
@@ -110,23 +109,6 @@ class TorchCpu(KeptDevice, TorchBackend):
             "reinstall it with nox --reuse-venv=never -s memory-quick-cpu, or choose where it comes from with "
             "PLIMSOLL_TORCH_INDEX",
         )
-
-    def _named(self, device: str | None) -> tuple[str, int]:
-        return one_device(self.name, "torch-cpu:process" if self._bounded else "torch-cpu", device)
-
-    def _variant(self) -> dict[str, Any]:
-        return {"bounded": self._bounded}
-
-    @classmethod
-    def taking_over(cls, board: Board) -> Backend:
-        """Make the backend of a process without a cap, struck by the plans that are armed on a device's board."""
-        made = cls(bounded=False)
-        made._board, made.is_blind = board, True
-        return made
-
-    def fallback(self) -> Backend:
-        """Give the backend of a process without a cap; it shares the plans that are armed at the host's memory."""
-        return self.taking_over(self._board)
 
     def _has_the_device(self) -> None:
         super()._has_the_device()
@@ -205,9 +187,8 @@ class _ComputeThread:
         # The C library gives the stack to the next thread once the kernel has let this one go: an instant later.
         while task.exists():
             os.sched_yield()
+        # Its thread starts with the next work, once the device's memory is not in the way.
         self._executor = ThreadPoolExecutor(1, "plimsoll-torch")
-        # Now, while there is that stack. What torch sets for a thread is set in this one too.
-        self.do(quiet_torch)
 
 
 def _warm_up(thread: _ComputeThread) -> None:

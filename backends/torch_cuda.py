@@ -34,8 +34,6 @@ from backends._cuda import CAPABILITIES, CudaDevice
 from backends._torch import TorchBackend, quiet_torch
 from backends.contract import YES, Allocation, Backend, Capability, MemoryReading, no
 
-_SOURCE = "torch.cuda.memory_stats, and what a run like the last one needs"
-
 
 class TorchCuda(CudaDevice, TorchBackend):
     """A card's memory as the device: torch's caching allocator, capped by a fraction of what the card has."""
@@ -96,18 +94,12 @@ class TorchCuda(CudaDevice, TorchBackend):
         # Nothing is in the statistics before the first allocation.
         names = ("allocated_bytes", "reserved_bytes", "inactive_split_bytes")
         allocated, reserved, fragmented = (stats.get(f"{name}.all.current", 0) for name in names)
-        used = self._used_bytes()
-        room, total = self.room_bytes(used, max(0, reserved - allocated))
-        bound = total if self._limit_bytes is None else min(self._limit_bytes, total)
-        binds = bound - room > used
-        return MemoryReading(
-            used_bytes=bound - room,
-            reserved_bytes=reserved,
-            limit_bytes=self._limit_bytes,
-            total_bytes=total,
-            scope="device" if binds else "process",
+        return self._card_reading(
+            self._used_bytes(),
+            "torch.cuda.memory_stats, and what a run like the last one needs",
             exact=not self._wanted_bytes(),
-            source="the card's free memory, others' use included" if binds else _SOURCE,
+            cached_bytes=max(0, reserved - allocated),
+            reserved_bytes=reserved,
             fragmented_bytes=fragmented,
         )
 

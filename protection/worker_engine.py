@@ -179,9 +179,7 @@ class WorkerEngine:
         """Start the device's worker, and have the backend's memory there. Raises what its start raises."""
         if self._closed:
             raise EngineError("the engine was closed")
-        worker = Worker(
-            self._launcher, self._backend.share(), self._path, self._deadlines, load=False, hides_accelerator=False
-        )
+        worker = Worker(self._launcher, self._backend.share(), self._path, self._deadlines, load=False)
         self._device = worker
         try:
             worker.ready()
@@ -204,9 +202,9 @@ class WorkerEngine:
             raise EngineError("the engine was closed")
         fallback = self._backend.fallback()
         self._names = self._names[0], fallback.device
-        self._fallback = Worker(
-            self._launcher, fallback.share(), self._path, self._deadlines, load=True, hides_accelerator=True
-        )
+        # Whatever the backend says of its fallback: that one is to see no accelerator.
+        share = replace(fallback.share(), blind=True)
+        self._fallback = Worker(self._launcher, share, self._path, self._deadlines, load=True)
         fallback.close()
         return self._fallback
 

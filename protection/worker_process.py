@@ -76,13 +76,12 @@ class Worker:
         deadlines: Deadlines,
         *,
         load: bool,
-        hides_accelerator: bool,
     ) -> None:
         """Start the process, and have it ``load`` the model at once; ``ready`` waits for it."""
         self._deadlines = deadlines
         try:
             self._work, self._side, self._stderr, self._process, self._template = launcher.submit(
-                _launch, share, NO_ACCELERATOR if hides_accelerator or share.blind else {}
+                _launch, share, NO_ACCELERATOR if share.blind else {}
             ).result()
         except (OSError, subprocess.SubprocessError) as error:
             # No descriptor, no process, no memory for one: that passes, and is nobody's fault.

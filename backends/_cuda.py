@@ -44,6 +44,8 @@ CAPABILITIES = {
     Capability.DEVICE_ERROR: YES,
     Capability.RUNTIME_CRASH: YES,
     Capability.DEVICE_MEMORY_OF_OTHERS: YES,
+    Capability.ALLOCATION_FAULTS: YES,
+    Capability.DEVICE_ALLOCATION_FAULTS: YES,
 }
 _STRIKES = {Site.DEVICE_ERROR: trap, Site.DEVICE_ASSERT: device_assert, Site.DEVICE_ADDRESS: illegal_address}
 #: A neighbour is there for as long as its plan at most: this is for one whose plan was lost.

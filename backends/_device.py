@@ -41,7 +41,7 @@ from backends.contract import (
     Unsupported,
 )
 from backends.errors import ErrorKind, classify
-from backends.faults import ballast, limits
+from backends.faults import ballast, interposer, limits
 from backends.faults.plan import Board, CountingFault
 from backends.host import available_bytes
 
@@ -72,6 +72,8 @@ _NEEDS = {
     Site.RUNTIME_HANG: Capability.RUNTIME_CRASH,
     Site.LIBRARY_MISSING: Capability.RUNTIME_CRASH,
     **dict.fromkeys(STICKY_SITES, Capability.DEVICE_ERROR),
+    Site.HOST_ALLOCATION: Capability.ALLOCATION_FAULTS,
+    **dict.fromkeys((Site.DEVICE_ALLOCATION, Site.DEVICE_LAUNCH), Capability.DEVICE_ALLOCATION_FAULTS),
 }
 
 
@@ -402,6 +404,8 @@ class DeviceBackend(Backend):
     def arm(self, plan: FaultPlan) -> ArmedFault:
         """Arm a plan for the models that this backend, its fallback or a worker of either loads and runs."""
         self.require(_NEEDS.get(plan.site, Capability.DEVICE_OOM))
+        if plan.site in interposer.INTERPOSED_SITES:
+            return interposer.arm(plan)
         if plan.process is not None:
             raise Unsupported(
                 f"{self.name} arms a plan in its own process: expected process None, not {plan.process!r}"

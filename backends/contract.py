@@ -40,6 +40,8 @@ class Capability(enum.Enum):
     DEVICE_ERROR = "device_error", "A genuine device error other than out of memory can be brought about."
     RUNTIME_CRASH = "runtime_crash", "The runtime can be made to crash, to hang and to miss a library, in a worker."
     DEVICE_MEMORY_OF_OTHERS = "device_memory_of_others", "Another process can take the device's memory away."
+    ALLOCATION_FAULTS = "allocation_faults", "Any single allocation of the process that runs the model can be refused."
+    DEVICE_ALLOCATION_FAULTS = "device_allocation_faults", "So can any single one of the device's own memory."
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,13 @@ class Site(enum.Enum):
     RUNTIME_HANG = "runtime_hang"
     #: The runtime does not find a library that it is asked to load. A point is a model run.
     LIBRARY_MISSING = "library_missing"
+    #: A request of ``min_bytes`` and more to the C library or the kernel is refused. Each is a point, in any process
+    #: that is under the interposer; so are those of the next two.
+    HOST_ALLOCATION = "host_allocation"
+    #: A request to the CUDA runtime is refused: for memory of the device, or for pinned memory.
+    DEVICE_ALLOCATION = "device_allocation"
+    #: A kernel's launch is refused with the code of a failed launch. The device itself is not touched.
+    DEVICE_LAUNCH = "device_launch"
 
 
 class Provenance(enum.Enum):

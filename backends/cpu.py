@@ -66,6 +66,11 @@ class Cpu(HostDevice, OrtBackend):
             "https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html",
         ),
         Capability.RUNTIME_CRASH: YES,
+        Capability.ALLOCATION_FAULTS: YES,
+        Capability.DEVICE_ALLOCATION_FAULTS: no(
+            "the device's memory is the host's here, and so are the allocations that can be refused",
+            "https://man7.org/linux/man-pages/man3/malloc.3.html",
+        ),
         Capability.DEVICE_MEMORY_OF_OTHERS: no(
             "the arena belongs to this process, and no other can take from it", _SESSION_DOCS
         ),

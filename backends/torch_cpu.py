@@ -82,6 +82,11 @@ class TorchCpu(HostDevice, KeptDevice, TorchBackend):
             "https://docs.nvidia.com/cuda/cuda-runtime-api/group__CUDART__TYPES.html",
         ),
         Capability.RUNTIME_CRASH: YES,
+        Capability.ALLOCATION_FAULTS: YES,
+        Capability.DEVICE_ALLOCATION_FAULTS: no(
+            "the device's memory is the host's here, and so are the allocations that can be refused",
+            "https://man7.org/linux/man-pages/man3/malloc.3.html",
+        ),
         Capability.DEVICE_MEMORY_OF_OTHERS: no(
             "the cap is this process's, and no other can take from it",
             "https://man7.org/linux/man-pages/man2/getrlimit.2.html",

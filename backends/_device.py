@@ -137,8 +137,9 @@ class DeviceBackend(Backend):
 
     #: Whether it must not see an accelerator: it took over from one.
     is_blind = False
-    #: Imports the runtime, where that takes long.
+    #: Imports the runtime, and whether that takes long.
     preload: ClassVar[str | None] = None
+    is_slow_to_import: ClassVar[bool] = False
 
     def __init__(self, device: str | None = None) -> None:
         """Make a backend without a memory limit, on the device of this name. Raises BackendError for one it has not."""
@@ -340,7 +341,8 @@ class DeviceBackend(Backend):
     def share(self) -> Share:
         """Share the name, the limit, what a variant adds, and the board of faults."""
         data = {"backend": self.name, "limit_bytes": self._limit_bytes, "board": self._board.descriptor}
-        return Share(data | self._variant(), (self._board.descriptor,), self.preload, self.is_blind)
+        descriptors = (self._board.descriptor,)
+        return Share(data | self._variant(), descriptors, self.preload, self.is_blind, self.is_slow_to_import)
 
     @classmethod
     def rebuild(cls, data: Mapping[str, Any]) -> Backend:
@@ -485,7 +487,8 @@ class DeviceBackend(Backend):
     def _imposed(self, fault: CountingFault) -> bool:
         """Bring a fault about; say whether it is there. What fails on the way is no fault of the runtime's."""
         try:
-            return self._impose(fault)
+            with interposer.uncounted():
+                return self._impose(fault)
         except Exception as error:
             text = f"it could not be brought about: {type(error).__name__}: {str(error)[-300:]}"
             fault.note(text)

@@ -20,7 +20,6 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from backends.faults import limits
 from backends.host import host_memory
 from backends.model import N_MELS
 from backends.process import NO_ACCELERATOR, begin_as_child, python_arguments
+from backends.threads import OneThread
 
 _END_S = 1.0
 #: A child that has not answered for so long hangs, and is killed. A cold start of torch for CUDA takes some seconds.
@@ -132,14 +132,14 @@ class Keeper:
     def __init__(self, share: Share) -> None:
         """Start it; it makes the backend that was shared. Raises RuntimeFailure, or what making it raises."""
         # The kernel ends a child with the thread that started it. So it is none that ends before this object.
-        self._launcher = ThreadPoolExecutor(1, "plimsoll-keeper")
+        self._launcher = OneThread("plimsoll-keeper")
         self._lock, self._sharing = threading.Lock(), threading.Lock()
         # Features travel in shared memory, which no limit on the child's data counts: a full device can still be asked.
         self._shared = os.memfd_create("plimsoll-features")
         try:
-            self._connection, self._process = self._launcher.submit(_launch, self._shared, share).result()
+            self._connection, self._process = self._launcher.do(lambda: _launch(self._shared, share))
         except BaseException:
-            self._launcher.shutdown()
+            self._launcher.close()
             os.close(self._shared)
             raise
         self.models = 0
@@ -240,7 +240,7 @@ class Keeper:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._launcher.shutdown()
+        self._launcher.close()
         if self._shared >= 0:
             os.close(self._shared)
             self._shared = -1

@@ -137,6 +137,11 @@ def _spec_of(session: ort.InferenceSession, path: Path) -> ModelSpec:
         raise ModelError(f"{path} has unusable metadata plimsoll.spec: {error}") from error
 
 
+def preload() -> None:
+    """Import all that a model needs; compute nothing, and touch no device."""
+    import onnxruntime  # noqa: F401  # for whoever is forked from this process
+
+
 _PROFILES = "plimsoll-profile-"
 _working_sets: dict[tuple[str, int, int], tuple[int, int, int]] = {}
 

@@ -128,6 +128,7 @@ class TorchBackend(DeviceBackend):
     """The part of a backend that torch's devices share."""
 
     preload = "backends._torch:preload"
+    is_slow_to_import = True
 
     def __init__(self, device: str | None = None) -> None:
         """Make a backend without a memory limit."""

@@ -303,14 +303,16 @@ class Device(Protocol):
 class Share:
     """How another process makes the same backend: ``backends.rebuild(data)``, with ``descriptors`` passed on to it.
 
-    ``preload`` is a ``module:function`` that imports the runtime, and touches no device: where that takes long, a
-    process that has called it may be forked. ``blind`` says that the process must not see an accelerator.
+    ``preload`` is a ``module:function`` that imports the runtime, and touches no device: a process that has called it
+    may be forked, and ``is_slow_to_import`` says that it is worth it. ``blind`` says that the process must not see an
+    accelerator.
     """
 
     data: Mapping[str, Any]
     descriptors: tuple[int, ...]
     preload: str | None = None
     blind: bool = False
+    is_slow_to_import: bool = False
 
 
 class Backend(abc.ABC):

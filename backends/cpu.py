@@ -50,6 +50,7 @@ class Cpu(HostDevice, OrtBackend):
     provider = "CPUExecutionProvider"
     package = "onnxruntime"
     arena = "cpu:0"
+    preload = "backends._onnxruntime:preload"
     capabilities = {
         Capability.MEMORY_LIMIT: YES,
         Capability.RELEASE_CACHED: YES,

@@ -75,7 +75,7 @@ class ModelSpec:
                 f"context_frames {self.context_frames} and chunk_frames {self.chunk_frames}: expected even numbers "
                 "(the model halves the frame rate), and at least one chunk frame pair"
             )
-        for name in ("channels", "width", "heads", "layers", "vocabulary"):
+        for name in ("channels", "width", "heads", "vocabulary"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}: expected at least 1")
         if self.width % self.heads:

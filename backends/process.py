@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
+_PR_SET_NAME = 15
 #: A process with these finds no accelerator: a fallback cannot touch the failed device.
 NO_ACCELERATOR = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": "", "ROCR_VISIBLE_DEVICES": ""}
 
@@ -29,6 +30,12 @@ def volunteer_to_oom_killer(score: int = 1000) -> None:
     """Make this process the OOM killer's first choice, or with a lower score one of the next."""
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(score))
+
+
+def name_thread(name: str) -> None:
+    """Have the kernel know the calling thread by this name (15 characters of it), as Python does only from 3.14 on."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode())
 
 
 def suppress_core_dumps() -> None:

@@ -28,6 +28,15 @@ def _filterbank() -> npt.NDArray[np.float32]:
 
 
 @functools.cache
+def _filters() -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float32]]:
+    """Give the few bins that each filter lets through, [80, most], and their weights; those behind the last have 0."""
+    filterbank = _filterbank()
+    most = int(np.count_nonzero(filterbank, axis=0).max())
+    bins = np.argsort(filterbank == 0, axis=0, kind="stable")[:most].T
+    return bins, np.take_along_axis(filterbank, bins.T, axis=0).T.copy()
+
+
+@functools.cache
 def _window() -> npt.NDArray[np.float32]:
     return np.hanning(FRAME_SAMPLES).astype(np.float32)
 
@@ -40,5 +49,7 @@ def log_mel(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     frames = np.lib.stride_tricks.sliding_window_view(samples, FRAME_SAMPLES)[::HOP_SAMPLES]
     spectrum = np.fft.rfft(frames * _window(), _FFT)
     power = (spectrum.real**2 + spectrum.imag**2).astype(np.float32)
-    energies: npt.NDArray[np.float32] = np.log(np.maximum(power @ _filterbank(), np.float32(1e-10)))
-    return energies.astype(np.float32, copy=False)
+    bins, weights = _filters()
+    # Not a matrix product: where there is no memory for its work space, OpenBLAS ends the process.
+    energies: npt.NDArray[np.float32] = np.einsum("fmb,mb->fm", power[:, bins], weights)
+    return np.log(np.maximum(energies, np.float32(1e-10)))

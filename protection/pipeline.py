@@ -22,6 +22,7 @@ from backends.contract import Backend, BackendError, FloatArray, MemoryReading
 from backends.errors import ErrorKind, RuntimeFailure, classify
 from backends.host import host_memory
 from backends.model import N_MELS, SAMPLE_RATE_HZ
+from backends.threads import Thread
 from protection.engine import Engine, InProcessEngine
 from protection.events import Event, EventKind, Events
 from protection.features import log_mel
@@ -97,7 +98,13 @@ def make_engine(backend: Backend, model_path: Path, policy: Policy, owns_backend
     if policy.engine == "in_process":
         return InProcessEngine(backend, model_path, owns_backend=owns_backend)
     deadlines = Deadlines(policy.start_deadline_s, policy.infer_deadline_s, policy.heartbeat_s)
-    return WorkerEngine(backend, model_path, owns_backend=owns_backend, deadlines=deadlines, standby=policy.standby)
+    return WorkerEngine(
+        *(backend, model_path),
+        owns_backend=owns_backend,
+        deadlines=deadlines,
+        standby=policy.standby,
+        fork_workers=policy.fork_workers,
+    )
 
 
 class DictationPipeline:
@@ -127,10 +134,21 @@ class DictationPipeline:
                 raise AudioError(
                     f"the sample rate is {sample_rate_hz} Hz, the model needs {SAMPLE_RATE_HZ}: resample first"
                 )
+            self._worker = Thread(self._work, "plimsoll-work")
+            self._watcher = Thread(self._watch, "plimsoll-pressure")
             self._spool = Spool(folder, sample_rate_hz, self._policy.spool_limit_bytes)
         except BaseException:
             engine.close()
             raise
+        try:
+            self._begin()
+        except BaseException:
+            # Whatever it was, want of memory for instance: the next attempt finds the spool free, and no worker.
+            self._end_at_start()
+            raise
+
+    def _begin(self) -> None:
+        engine = self._engine
         self._recording = True
         #: Whether the last block was refused for want of storage, and whether one was accepted since.
         self._refusing = self._storage_back = False
@@ -169,19 +187,16 @@ class DictationPipeline:
                 f"inference begins on {engine.device}",
                 "answers are slower until the device takes it",
             )
-        self._worker = threading.Thread(target=self._work, name="plimsoll-work", daemon=True)
-        self._watcher = threading.Thread(target=self._watch, name="plimsoll-pressure", daemon=True)
-        try:
-            self._worker.start()
-            self._watcher.start()
-        except BaseException:
-            self._shut_down = "it could not be started"
-            if self._worker.ident is None:
-                engine.close()
-            else:
-                self._worker.join(self._policy.shutdown_deadline_s)
-            self._spool.close()
-            raise
+        self._worker.start()
+        self._watcher.start()
+
+    def _end_at_start(self) -> None:
+        self._shut_down = "it could not be started"
+        if self._worker.ident is None:
+            self._engine.close()
+        else:
+            self._worker.join(self._policy.shutdown_deadline_s)
+        self._spool.close()
 
     # The subject protocol.
 

@@ -39,6 +39,9 @@ class Policy:
     heartbeat_s: float = 5.0
     #: From the second loss in a row on a replacement waits so long, then twice as long, at most 5 s.
     restart_backoff_s: float = 0.1
+    #: Fork workers from a process that has imported the runtime: it costs that process's memory, and a lost worker is
+    #: replaced sooner (None: where the runtime is slow to import).
+    fork_workers: bool | None = None
     #: Keep a loaded worker for the fallback: it costs memory, and the fallback is immediate.
     standby: bool = False
     #: End the workers after so long without work (None: never). The next audio starts them again.
@@ -79,6 +82,8 @@ class Policy:
             raise PolicyError(f"engine is {self.engine!r}: expected one of {', '.join(ENGINES)}")
         if not isinstance(self.standby, bool):
             raise PolicyError(f"standby is {self.standby!r}: expected true or false")
+        if self.fork_workers is not None and not isinstance(self.fork_workers, bool):
+            raise PolicyError(f"fork_workers is {self.fork_workers!r}: expected true, false, or None")
         # The order is the ladder's, whatever order they are given in.
         object.__setattr__(self, "rungs", tuple(rung for rung in RUNGS if rung in self.rungs))
         shares = (self.return_below, self.warning, self.critical, self.emergency, self.shutdown)

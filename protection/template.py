@@ -30,10 +30,10 @@ import threading
 import traceback
 import warnings
 from collections.abc import Mapping
-from concurrent.futures import Future
 from typing import Any
 
 from backends.process import begin_as_child, python_arguments
+from backends.threads import OneThread
 from protection.channel import AwakeClock, until
 
 _PACKET_BYTES = 1 << 16
@@ -105,41 +105,36 @@ class Template:
         self._silent = False
         self._environment = {**os.environ, **_ONE_THREAD}
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        started: Future[None] = Future()
+        # The kernel ends a process with the thread that started it: this one waits for its end.
+        keeper = OneThread("plimsoll-template")
         with theirs:
             arguments = python_arguments("protection.template", theirs.fileno(), os.getpid(), preload, _LINGER_S)
-            keep = threading.Thread(
-                target=self._keep, args=(arguments, theirs.fileno(), started), name="plimsoll-template", daemon=True
-            )
             try:
-                keep.start()
-                started.result()
-            except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+                self._process = keeper.do(lambda: self._start(arguments, theirs.fileno()))
+            except (OSError, RuntimeError, MemoryError, subprocess.SubprocessError) as error:
                 self._control.close()
+                keeper.close()
                 raise TemplateLost(f"no template could be started: {error}") from error
         try:
+            keeper.do_last(self._watch)
             with self._lock:
                 self._receive(_READY_S, "ready")
-        except (OSError, TemplateLost) as error:
+        except (OSError, MemoryError, TemplateLost) as error:
             self.end()
             raise TemplateLost(f"no template could be started: {error}") from error
 
-    def _keep(self, arguments: list[str], control: int, started: Future[None]) -> None:
-        """Start it and wait for its end: the kernel ends a process with the thread that started it."""
-        try:
-            self._process = subprocess.Popen(
-                [sys.executable, *arguments],
-                stdin=subprocess.DEVNULL,
-                # Its host's standard output has one reader, and it is not this.
-                stdout=2,
-                pass_fds=(control,),
-                env=self._environment,
-                start_new_session=True,
-            )
-        except (OSError, subprocess.SubprocessError) as error:
-            started.set_exception(error)
-            return
-        started.set_result(None)
+    def _start(self, arguments: list[str], control: int) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            stdin=subprocess.DEVNULL,
+            # Its host's standard output has one reader, and it is not this.
+            stdout=2,
+            pass_fds=(control,),
+            env=self._environment,
+            start_new_session=True,
+        )
+
+    def _watch(self) -> None:
         # It is reaped below: who asks meanwhile whether it runs is not kept waiting.
         with contextlib.suppress(ChildProcessError):
             os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
@@ -185,7 +180,7 @@ class Template:
                 if answer["forked"] and not given:
                     # The worker finds nobody at its connections, and ends.
                     raise TemplateLost("there was no descriptor to watch a worker by")
-            except (OSError, TemplateLost) as error:
+            except (OSError, MemoryError, TemplateLost) as error:
                 self._give_up()
                 raise TemplateLost(str(error)) from error
             if not answer["forked"]:

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backends.process import begin_as_child, python_arguments
+from backends.process import begin_as_child, name_thread, python_arguments
 
 if TYPE_CHECKING:
     from backends.contract import Allocation, Backend, Model
@@ -60,8 +60,9 @@ class _Worker:
 
     def serve(self) -> None:
         for name, run in (("plimsoll-side", self._serve_side), ("plimsoll-beat", self._beat)):
-            threading.Thread(target=_or_end, args=(run,), name=name, daemon=True).start()
-        self._serve(self._work, self._do)
+            threading.Thread(target=_or_end, args=(name, run), name=name, daemon=True).start()
+        # Here as well: an interpreter that ends in order, and has no memory to, may not end at all.
+        _or_end("", lambda: self._serve(self._work, self._do))
 
     def _serve(self, channel: Channel, do: Any) -> None:
         from protection.channel import Ended, Kind, TornMessage
@@ -216,9 +217,11 @@ class _Worker:
                 raise ValueError(f"there is no question {other!r}")
 
 
-def _or_end(run: Callable[[], None]) -> None:
+def _or_end(name: str, run: Callable[[], None]) -> None:
     """Run a thread that this process is nothing without."""
     try:
+        if name:
+            name_thread(name)
         run()
     except BaseException:
         with contextlib.suppress(BaseException):

@@ -12,15 +12,15 @@ import gc
 import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from backends.contract import Allocation, Backend, BackendError, FloatArray, Health, MemoryReading
+from backends.contract import Allocation, Backend, BackendError, FloatArray, Health, MemoryReading, Share
 from backends.errors import ErrorKind, RuntimeFailure
 from backends.model import N_MELS, ModelSpec
+from backends.threads import OneThread
 from protection.channel import Frame, TornMessage
 from protection.engine import EngineError, StartFailure
 from protection.worker_process import Deadlines, Worker
@@ -119,20 +119,23 @@ class WorkerEngine:
         owns_backend: bool = False,
         deadlines: Deadlines | None = None,
         standby: bool = False,
+        fork_workers: bool | None = None,
     ) -> None:
         """Start a worker and load the model on its device, or where that has no memory or dies on the fallback.
 
         With ``standby`` the fallback's worker is started now, loads meanwhile, and is kept: it costs memory, and the
-        fallback is immediate. Raises ModelError, or what the runtime raised when neither has memory, as RuntimeFailure.
+        fallback is immediate. ``fork_workers`` is as in Policy. Raises ModelError, or what the runtime raised when
+        neither has memory, as RuntimeFailure.
         """
         self._backend, self._owns_backend = backend, owns_backend
         self._path = model_path.resolve()
         self._deadlines = deadlines or Deadlines()
         self._standby, self._standby_not_before_s = standby, 0.0
+        self._fork_workers = fork_workers
         #: Until when the fallback's process is kept without its model, if it is.
         self._lingers_until_s: float | None = None
         # The kernel ends workers with the thread that started them. So it is none that ends before the engine.
-        self._launcher = ThreadPoolExecutor(1, "plimsoll-launcher")
+        self._launcher = OneThread("plimsoll-launcher")
         self._device: Worker | None = None
         self._fallback: Worker | None = None
         self._elsewhere = _DeviceElsewhere(self)
@@ -175,11 +178,16 @@ class WorkerEngine:
 
     # Workers.
 
+    def _new_worker(self, share: Share, *, load: bool) -> Worker:
+        if not (share.is_slow_to_import if self._fork_workers is None else self._fork_workers):
+            share = replace(share, preload=None)
+        return Worker(self._launcher, share, self._path, self._deadlines, load=load)
+
     def _start_device(self, *, load: bool = True) -> Worker:
         """Start the device's worker, and have the backend's memory there. Raises what its start raises."""
         if self._closed:
             raise EngineError("the engine was closed")
-        worker = Worker(self._launcher, self._backend.share(), self._path, self._deadlines, load=False)
+        worker = self._new_worker(self._backend.share(), load=False)
         self._device = worker
         try:
             worker.ready()
@@ -203,8 +211,7 @@ class WorkerEngine:
         fallback = self._backend.fallback()
         self._names = self._names[0], fallback.device
         # Whatever the backend says of its fallback: that one is to see no accelerator.
-        share = replace(fallback.share(), blind=True)
-        self._fallback = Worker(self._launcher, share, self._path, self._deadlines, load=True)
+        self._fallback = self._new_worker(replace(fallback.share(), blind=True), load=True)
         fallback.close()
         return self._fallback
 
@@ -407,6 +414,6 @@ class WorkerEngine:
         self._drop(self._fallback)
         self._drop(self._device)
         self._backend.take_back(self._elsewhere)
-        self._launcher.shutdown()
+        self._launcher.close()
         if self._owns_backend:
             self._backend.close()

@@ -15,7 +15,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from typing import Any
 from backends.contract import BackendError, LimitNotEnforced, ModelError, Share, Unsupported
 from backends.errors import ErrorKind, RuntimeFailure, Shortage
 from backends.process import NO_ACCELERATOR
+from backends.threads import OneThread
 from protection.channel import AwakeClock, Channel, Ended, Frame, Kind, TornMessage, Wait, until
 from protection.template import STATUS_UNKNOWN, Forked, Template, TemplateLost, template_for
 from protection.worker import EXIT_HOST_SILENT, boot
@@ -70,7 +70,7 @@ class Worker:
 
     def __init__(
         self,
-        launcher: ThreadPoolExecutor,
+        launcher: OneThread,
         share: Share,
         model: Path,
         deadlines: Deadlines,
@@ -80,9 +80,9 @@ class Worker:
         """Start the process, and have it ``load`` the model at once; ``ready`` waits for it."""
         self._deadlines = deadlines
         try:
-            self._work, self._side, self._stderr, self._process, self._template = launcher.submit(
-                _launch, share, NO_ACCELERATOR if share.blind else {}
-            ).result()
+            self._work, self._side, self._stderr, self._process, self._template = launcher.do(
+                lambda: _launch(share, NO_ACCELERATOR if share.blind else {})
+            )
         except (OSError, subprocess.SubprocessError) as error:
             # No descriptor, no process, no memory for one: that passes, and is nobody's fault.
             raise WorkerLost("did not start", f"no worker could be started ({error})", at_start=True) from error

@@ -94,6 +94,22 @@ _KILLS = (
     *_FIRST_ANSWERS,
 )
 
+#: What is promised after each point of a sweep.
+_SWEPT = (
+    ("scenarios_unswept", "==", 0, "scenarios", "A fault fires in every scenario"),
+    ("samples_lost", "==", 0, "points", "Nothing acknowledged lost"),
+    ("samples_different", "==", 0, "points", "Every stored sample bit for bit"),
+    ("gaps_and_overlaps", "==", 0, "points", "Results tile what was accepted"),
+    ("answers_wrong", "==", 0, "points", "Every answer that of the undisturbed run"),
+    ("untold", "==", 0, "points", "User told of everything that was degraded"),
+    ("hangs", "==", 0, "points", "No hang"),
+    ("livelocks", "==", 0, "points", "Retries bounded"),
+    ("hosts_lost", "==", 0, "points", "No disorderly death of the host"),
+    ("memory_kept", "==", 0, "points", "Memory back at its baseline"),
+    ("clean_runs_wrong", "==", 0, "points", "The next run right"),
+    ("feeds_not_durable", "==", 0, "points", "No feed returns without a sync since its write"),
+)
+
 CRITERIA: tuple[Criterion, ...] = tuple(
     _for(
         "test_sustained_high_memory_usage",
@@ -294,6 +310,9 @@ CRITERIA: tuple[Criterion, ...] = tuple(
         ("samples_missing", "==", 0, "samples", "Recording goes on after the repair"),
         ("exit_status", "==", 0, "", "Process lives to its orderly end (status 0)"),
     )
+    + _for("test_fault_sweep_sample", *_SWEPT)
+    + _for("test_fault_sweep", *_SWEPT)
+    + _for("test_device_fault_sweep", *_SWEPT)
 )
 
 _ANY_TEST = "every_test"
@@ -310,6 +329,15 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter("test_kill_during_recording_soak", "kills", 1000, 1, 1e6, "kills of worker or host at random moments"),
     Parameter("test_kill_during_recording_soak", "seed", 2, 0, 2**31, "seed of the random moments"),
     Parameter("test_oom_killer", "kills", 20, 1, 1e4, "kills by the OOM killer"),
+    *(
+        Parameter(test, *row)
+        for test in ("test_fault_sweep_sample", "test_fault_sweep", "test_device_fault_sweep")
+        for row in (
+            (DEVICE_LIMIT, 24, 12, 1e6, "device memory that the subject may use, MB"),
+            ("seed", 5, 0, 2**31, "seed of the order of the points"),
+            ("jobs", 2, 1, 64, "processes that try points at the same time"),
+        )
+    ),
     Parameter("test_consecutive_oom_recovery", "ooms", 5, 1, 1e4, "out-of-memory errors, one after another"),
     Parameter("test_recovery_success_rate", "ooms", 12, 1, 1e4, "out-of-memory errors, of every kind in turn"),
 )

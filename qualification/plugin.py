@@ -20,9 +20,10 @@ from typing import Any
 
 import pytest
 
-from backends.contract import Backend, Capability, Unsupported
+from backends.contract import Backend, Capability, ModelError, Unsupported
 from backends.faults.cuda import ALLOW_DEVICE_FAULTS
-from backends.model import DEFAULT_MODEL
+from backends.faults.interposer import refusal as interposer_refusal
+from backends.model import DEFAULT_MODEL, SAMPLE_RATE_HZ, read_onnx
 from qualification.criteria import DEVICE_LIMIT, Criterion
 from qualification.host import MB, Hosted, Job
 from qualification.judge import Judge
@@ -32,6 +33,7 @@ from qualification.run import (
     DEFAULT_AUDIO,
     DEFAULT_RESULTS,
     ROOT,
+    SWEEP_MODEL,
     Refused,
     Run,
     device_faults_allowed,
@@ -41,6 +43,9 @@ from qualification.sampling import Sampler
 from qualification.stream import Stream
 from qualification.subject import DEFAULT_SUBJECT, Result, Subject, SubjectContext, absolute
 from qualification.survival import Unfinished
+from qualification.sweep.campaign import Campaign, Ledger
+from qualification.sweep.points import Point, PointError, Sweep, parse
+from qualification.sweep.stage import Setting
 
 #: A quick test that takes longer hangs. The sustained one, and the slow ones, have the two hours of the configuration.
 QUICK_TIMEOUT_S = 300
@@ -83,6 +88,27 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="let kernels trap on the GPU: its driver logs Xids, which monitors act on",
     )
+
+    group.addoption(
+        "--point", metavar="NAME", type=_point, help="repeat one point of the sweep, and nothing else of it"
+    )
+    group.addoption(
+        "--shard", metavar="K/N", type=_shard, default=(1, 1), help="sweep the Kth of N shares: for several machines"
+    )
+
+
+def _point(text: str) -> Point:
+    try:
+        return parse(text)
+    except PointError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _shard(text: str) -> tuple[int, int]:
+    share, _, of = text.partition("/")
+    if not (share.isdigit() and of.isdigit() and 1 <= int(share) <= int(of)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected K/N, a share from 1 to N and their number, such as 1/4")
+    return int(share), int(of)
 
 
 def _seconds(text: str) -> float:
@@ -315,6 +341,8 @@ def _repeat_command(item: pytest.Item, run: Run) -> str:
     if subject != DEFAULT_SUBJECT:
         file, colon, factory = subject.rpartition(":")
         words += ["--subject", f"{_from_root(began_in, file)}{colon}{factory}" if file.endswith(".py") else subject]
+    if option("--point"):
+        words += ["--point", option("--point").name]
     for name, default in (("--model", DEFAULT_MODEL), ("--audio", DEFAULT_AUDIO), ("--criteria", None)):
         if option(name) != default:
             words += [name, _from_root(began_in, option(name))]
@@ -428,6 +456,81 @@ def model_path(request: pytest.FixtureRequest) -> Path:
 def stream(request: pytest.FixtureRequest) -> Stream:
     """Real speech, repeated without end."""
     return Stream(request.config.stash[_RUN].samples)
+
+
+@pytest.fixture
+def campaign(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    parameter: Callable[[str], float],
+    device_limit_bytes: int,
+    progress: Callable[[float | None], Progress],
+) -> Iterator[Callable[..., Campaign]]:
+    """Make a campaign of the sweep: ``campaign(sweeps, sample=2)``; what it tried goes into the records at the end."""
+    run, option = request.config.stash[_RUN], request.config.getoption
+    if (refused := interposer_refusal()) is not None:
+        pytest.skip(refused)
+    model = SWEEP_MODEL if run.model == DEFAULT_MODEL else run.model
+    made: list[Campaign] = []
+    name = _name_of(request.node)
+
+    def setting(folder: str) -> Setting:
+        return Setting(
+            subject=absolute(run.subject_spec),
+            backend=run.backend.name,
+            device=run.device,
+            model=str(model.resolve()),
+            audio=str(run.audio.resolve()),
+            device_limit_bytes=device_limit_bytes,
+            block_samples=_block_samples(model),
+            folder=folder,
+        )
+
+    def make(sweeps: Sequence[Sweep], sample: int | None = None) -> Campaign:
+        seed, shard = int(parameter("seed")), option("--shard")
+        ledger = None
+        if sample is None and option("--point") is None:
+            ledger = Path(option("--results")) / f"unfinished-{run.environment}-{run.backend.name}-{name}.jsonl"
+        key = {**run.resume_key(), "test": name, "seed": seed, "shard": shard, "model": str(model)}
+        shown = progress(None)
+        found = Campaign(
+            *(setting, sweeps, seed, Ledger(ledger, key), tmp_path / "sweep"),
+            jobs=int(parameter("jobs")),
+            shard=shard,
+            sample=sample,
+            say=lambda text: shown.update(text=text),
+        )
+        made.append(found)
+        return found
+
+    yield make
+    for each in made:
+        each.ledger.close()
+        for tally in each.tallies.values():
+            if tally.tried:
+                run.write_sweep(test=name, seed=each.seed, shard=list(each.shard), **tally.plain())
+
+
+def _block_samples(model: Path) -> int:
+    """Give how many samples the model answers at once; a second, where only its runtime could say."""
+    try:
+        return read_onnx(model)[0].chunk_samples
+    except (OSError, ModelError):
+        return SAMPLE_RATE_HZ
+
+
+@pytest.fixture
+def point(request: pytest.FixtureRequest) -> Point | None:
+    """The one point that is asked for."""
+    found: Point | None = request.config.getoption("--point")
+    return found
+
+
+@pytest.fixture
+def repeat(request: pytest.FixtureRequest) -> Callable[[str], str]:
+    """Give the command that repeats one point of the sweep."""
+    command = _repeat_command(request.node, request.config.stash[_RUN])
+    return lambda name: f"{command} --point {name}"
 
 
 NewSubject = Callable[..., Subject]

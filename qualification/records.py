@@ -1,6 +1,7 @@
 """What a cell measured: JSON Lines, one file for each cell, each line chained to the one before by a SHA-256.
 
-A first line ``run``, a line ``criterion`` for each verdict, a last line ``end`` with the count. The chain detects
+A first line ``run``, a line ``criterion`` for each verdict, a line ``sweep`` for what became of each part of the
+exhaustive sweep, a last line ``end`` with the count. The chain detects
 damage, not forgery. There is no field for audio or transcripts, so neither can enter.
 """
 
@@ -30,11 +31,13 @@ class RecordError(Exception):
 
 @dataclass(frozen=True)
 class Record:
-    """A verified record: the fields of the ``run`` line, those of each criterion in order, whether it has its end."""
+    """A verified record: the fields of the ``run`` line, those of each criterion and sweep in order, and its end."""
 
     run: dict[str, Any]
     criteria: tuple[dict[str, Any], ...]
+    #: Whether it has its end.
     complete: bool
+    sweeps: tuple[dict[str, Any], ...] = ()
 
 
 class RecordWriter:
@@ -112,6 +115,11 @@ class RecordWriter:
         }
         self._write(_line("criterion", self._previous, fields))
 
+    def sweep(self, *, backend: str, environment: str, test: str, **fields: Any) -> None:
+        """Write what became of the points of one scenario. Raises TypeError, and RecordError as ``criterion`` does."""
+        whose = {"backend": backend, "environment": environment, "test": test}
+        self._write(_line("sweep", self._previous, {**whose, **fields}))
+
     def close(self) -> None:
         """Write the ``end`` line and close the file. A second call, or one after a failed write, does nothing."""
         if self._descriptor is not None:
@@ -157,6 +165,7 @@ def read(path: Path, *, partial: bool = False) -> Record:
         damaged(1, "truncated: there is not one whole line")
     run: dict[str, Any] = {}
     criteria: list[dict[str, Any]] = []
+    sweeps: list[dict[str, Any]] = []
     complete = False
     previous = _NO_PREVIOUS
     for number, line in enumerate(lines, 1):
@@ -174,7 +183,7 @@ def read(path: Path, *, partial: bool = False) -> Record:
             damaged(number - 1, f"altered, or a line after it is missing: its hash is not what line {number} carries")
         previous = hashlib.sha256(line).hexdigest()
         kind = fields.pop("kind", None)
-        expected = ("run",) if number == 1 else ("criterion", "end")
+        expected = ("run",) if number == 1 else ("criterion", "sweep", "end")
         if kind not in expected:
             damaged(number, f"kind is {kind!r}: expected {' or '.join(expected)}")
         if kind == "run":
@@ -183,6 +192,8 @@ def read(path: Path, *, partial: bool = False) -> Record:
             run = fields
         elif kind == "criterion":
             criteria.append(fields)
+        elif kind == "sweep":
+            sweeps.append(fields)
         else:
             if fields != {"count": number - 1}:
                 damaged(number, f"the end line says {fields}, but {number - 1} lines come before it")
@@ -191,7 +202,7 @@ def read(path: Path, *, partial: bool = False) -> Record:
         damaged(len(lines) + 1, f"there is more after the end line (line {len(lines)})")
     if not complete and not partial:
         damaged(len(lines) + bool(torn), "truncated: " + ("it is cut off" if torn else "no end line comes after it"))
-    return Record(run, tuple(criteria), complete)
+    return Record(run, tuple(criteria), complete, tuple(sweeps))
 
 
 def thin(points: Iterable[Sequence[float]], points_max: int = SERIES_POINTS_MAX) -> list[list[float | None]]:

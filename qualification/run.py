@@ -29,6 +29,9 @@ from qualification.subject import Subject, SubjectContext, SubjectError, load_fa
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT_AUDIO = ROOT / "tests" / "data" / "speech.wav"
 DEFAULT_RESULTS = ROOT / "results"
+#: What the sweep runs unless a model is named: the ends of the acoustic model, and no layer between them. A load of it
+#: makes a quarter of the allocations, and each of them is swept.
+SWEEP_MODEL = ROOT / "tests" / "data" / "small.onnx"
 #: The matrix sets it to the name of the environment that is installed.
 _ENVIRONMENT = "PLIMSOLL_ENVIRONMENT"
 
@@ -123,6 +126,11 @@ class Run:
         """Write a criterion's verdict to the records."""
         if self.records is not None:
             self.records.criterion(backend=self.backend.name, environment=self.environment, **fields)
+
+    def write_sweep(self, **fields: Any) -> None:
+        """Write what became of a sweep's points to the records."""
+        if self.records is not None:
+            self.records.sweep(backend=self.backend.name, environment=self.environment, **fields)
 
     def end_records(self) -> None:
         """Write the last line; a run that was cut off has none, and counts as damaged."""

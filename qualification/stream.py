@@ -22,7 +22,7 @@ class Stream:
 
     def __getitem__(self, span: slice) -> FloatArray:
         """Give samples [start, stop) as float32."""
-        return np.take(self._recording, range(span.start, span.stop), mode="wrap")
+        return np.take(self._recording, np.arange(span.start, span.stop), mode="wrap")
 
     def feed(self, subject: Subject, start: int, stop: int, block_samples: int | None = None) -> int:
         """Feed samples [start, stop) in blocks (None: in one call); return what the subject says is accepted."""

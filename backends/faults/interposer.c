@@ -249,15 +249,18 @@ static int strike(uint64_t site, size_t bytes) {
     return 1;
 }
 
+/* For Python: what brings about a fault of another kind in this thread is no point of the subject's. */
+void plimsoll_uncounted(int change) { inside += change; }
+
 static __attribute__((noinline)) int look(uint32_t wake, uint64_t site, size_t bytes) {
     if (inside)
         return 0;
     int kept = errno, refuses;
-    inside = 1;
+    inside++;
     if (wake & REPORT)
         report();
     refuses = wake & ARMED && strike(site, bytes);
-    inside = 0;
+    inside--;
     errno = refuses && site & (HEAP | MAP) ? ENOMEM : kept;
     return refuses;
 }

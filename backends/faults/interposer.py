@@ -6,6 +6,9 @@ arms it have mapped. Arming and disarming are one store each: they need no memor
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import hashlib
 import mmap
 import os
@@ -18,7 +21,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,6 +86,15 @@ def library() -> Path:
     if compiled.stat().st_uid != os.geteuid() or compiled.stat().st_mode & 0o022:
         raise InterposerUnavailable(f"{compiled} can be written by others: remove it, and it is compiled anew")
     return compiled
+
+
+def refusal() -> str | None:
+    """Say why single allocations cannot be refused here, or None."""
+    try:
+        Control.required_of(os.environ)
+    except InterposerUnavailable as error:
+        return str(error)
+    return None
 
 
 def _compiler() -> str:
@@ -175,12 +187,17 @@ class Control:
 
     def environment(self, base: Mapping[str, str]) -> dict[str, str]:
         """Give the environment of a process that is to be under it. Raises InterposerUnavailable."""
+        return {**base, _PRELOAD: str(self.required_of(base)), CONTROL: str(self.path)}
+
+    @staticmethod
+    def required_of(base: Mapping[str, str]) -> Path:
+        """Give the library that is put under a process with this environment. Raises InterposerUnavailable."""
         if base.get(_PRELOAD):
             raise InterposerUnavailable(
                 f"LD_PRELOAD is {base[_PRELOAD]} already, and what another library does to allocations would be "
                 "taken for the subject's: unset it"
             )
-        return {**base, _PRELOAD: str(library()), CONTROL: str(self.path)}
+        return library()
 
     def prepare(self, plan: FaultPlan, host: int | None = None) -> None:
         """Say what is refused once ``begin`` is called; its deadline starts now. ``host`` is the subject's process id.
@@ -226,6 +243,11 @@ class Control:
         where = "main thread" if process == thread else "another thread"
         return f"{size_bytes} bytes for process {process}, {where}: {' < '.join(self.call_site()[:4])}"
 
+    def fired_process(self) -> int:
+        """Give the process in which the first request was refused, or 0."""
+        process: int = _FIRED.unpack_from(self._map, _FIRED_AT)[0]
+        return process
+
     def call_site(self) -> list[str]:
         """Give where the first refused request came from, innermost first: library+offset and the nearest symbol."""
         *_, frames = _FIRED.unpack_from(self._map, _FIRED_AT)
@@ -264,6 +286,31 @@ class Control:
     @staticmethod
     def _at(place: int) -> int:
         return _PROCESSES_AT + place * _PROCESS.size
+
+
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """Have no request of this thread be a point: what brings about a fault of another kind is not the subject's."""
+    count = _uncounted()
+    if count is None:
+        yield
+        return
+    count(1)
+    try:
+        yield
+    finally:
+        count(-1)
+
+
+@functools.cache
+def _uncounted() -> Callable[[int], object] | None:
+    """Give the interposer's own function, where this process is under it."""
+    if CONTROL not in os.environ:
+        return None
+    with contextlib.suppress(OSError, AttributeError):
+        found: Callable[[int], object] = ctypes.CDLL(None).plimsoll_uncounted
+        return found
+    return None
 
 
 class InterposedFault(ArmedFault):

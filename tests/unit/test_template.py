@@ -151,6 +151,7 @@ def launch() -> Iterator[Callable[..., Launched]]:
 def start(preload: Preload, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., WorkerEngine]]:
     """Give a maker of engines on cpu whose workers are forked."""
     monkeypatch.setattr(Cpu, "preload", preload())
+    monkeypatch.setattr(Cpu, "is_slow_to_import", True)
     with ExitStack() as opened:
 
         def make(**named: Any) -> WorkerEngine:

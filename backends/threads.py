@@ -1,0 +1,135 @@
+"""Threads that begin or fail to: where memory is short, Python's own may do neither.
+
+``threading.Thread.start`` waits, without limit, for a thread that had no memory to begin and is gone.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
+
+from backends.process import name_thread
+
+T = TypeVar("T")
+#: One that is there, and waits for a processor.
+_PATIENCE_S = 20.0
+_LOOK_EVERY_S = 0.05
+
+
+class _Begun(threading.Event):
+    """Set once a thread runs; whoever waits for one that is gone gets MemoryError."""
+
+    def __init__(self, before: set[str]) -> None:
+        super().__init__()
+        self._before = before
+
+    def wait(self, timeout: float | None = None) -> bool:
+        if timeout is not None:
+            return super().wait(timeout)
+        for _ in range(int(_PATIENCE_S / _LOOK_EVERY_S)):
+            if super().wait(_LOOK_EVERY_S):
+                return True
+            if not _tasks() - self._before and not self.is_set():
+                break
+        else:
+            if self.is_set():
+                return True
+        raise MemoryError("a thread had no memory to begin")
+
+
+def _tasks() -> set[str]:
+    """Give the threads of this process as the kernel numbers them."""
+    return {entry.name for entry in Path("/proc/self/task").iterdir()}
+
+
+class Thread(threading.Thread):
+    """A daemon thread whose ``start`` raises MemoryError where it had no memory to begin."""
+
+    def __init__(self, target: Callable[[], object], name: str) -> None:
+        """Have ``start`` run ``target``, known to the kernel by this name too."""
+        super().__init__(name=name, daemon=True)
+        self._act = target
+
+    def start(self) -> None:
+        """Begin. Raises MemoryError, or RuntimeError where there may be no more threads."""
+        # What start waits for, under this name in every version so far.
+        self._started = _Begun(_tasks())
+        super().start()
+
+    def run(self) -> None:
+        """Do what it is for."""
+        name_thread(self.name)
+        self._act()
+
+
+class _Task(Generic[T]):
+    """Something to do, and what came of it. Nothing here needs memory once it was made."""
+
+    def __init__(self, act: Callable[[], T]) -> None:
+        self.act = act
+        self.result: T | None = None
+        self.error: BaseException | None = None
+        self.over = threading.Lock()
+        self.over.acquire()
+
+
+class OneThread:
+    """A thread that does what it is given, one thing after another. It begins with the first, and lives until closed.
+
+    The kernel ends a child with the thread that started it: what has to outlive its starter is started here.
+    """
+
+    def __init__(self, name: str) -> None:
+        """Name the thread; nothing is started yet."""
+        self._name = name
+        self._tasks: queue.SimpleQueue[_Task[Any] | None] = queue.SimpleQueue()
+        self._thread: Thread | None = None
+        self._lock = threading.Lock()
+
+    def do(self, act: Callable[[], T]) -> T:
+        """Have it done there, and give the result. Raises what it raises, or MemoryError without a thread."""
+        task = _Task(act)
+        with self._lock:
+            if self._thread is None:
+                thread = Thread(self._serve, self._name)
+                thread.start()
+                self._thread = thread
+        self._tasks.put(task)
+        task.over.acquire()
+        if task.error is not None:
+            try:
+                raise task.error
+            finally:
+                # Its frames hold this one: a cycle that would keep what failed.
+                del task
+        return cast("T", task.result)
+
+    def do_last(self, act: Callable[[], object]) -> None:
+        """Have it do this, and end then; nobody waits for it, and what it raises is lost. ``do`` comes before."""
+        with self._lock:
+            self._thread = None
+            self._tasks.put(_Task(act))
+            self._tasks.put(None)
+
+    def _serve(self) -> None:
+        while (task := self._tasks.get()) is not None:
+            # In this frame: another might not be had, and whoever waits has to be told all the same.
+            try:
+                task.result = task.act()
+            except BaseException as error:
+                task.error = error
+            finally:
+                task.over.release()
+            # Kept, it would keep what it gave until the next comes.
+            del task
+
+    def close(self) -> None:
+        """End the thread once it has done what it was given. A second call does nothing."""
+        with self._lock:
+            thread, self._thread = self._thread, None
+        if thread is not None:
+            self._tasks.put(None)
+            thread.join()

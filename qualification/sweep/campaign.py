@@ -1,0 +1,585 @@
+"""A campaign: every point of some sweeps, tried in processes that may die of it, and what came of each.
+
+Points are taken in a seeded order, a handful of the same sweep at a time, by as many processes as there is room for.
+What was tried is kept in a file: a campaign that is cut off goes on where it ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import queue
+import random
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from backends.contract import FaultRecord, Provenance
+from backends.faults.interposer import Control
+from qualification.sweep.points import MODES, TRANSIENT, Point, Sweep
+from qualification.sweep.stage import RECORDING_POINTS, Board, Setting
+
+_ROOT = Path(__file__).resolve().parents[2]
+_START_S = 90.0
+#: No point takes so long that is not over: the deadlines of what it may wait for are shorter together.
+POINT_DEADLINE_S = 90.0
+#: Beyond the requests that were counted, in case there are more: until one does not fire.
+_MOST_BEYOND = 200
+#: What a process may hold more than before, until it is looked at closely.
+_SUSPECT = {"heap_bytes": 1 << 20, "descriptors": 4, "threads": 3, "processes": 3}
+#: SQLite's cache of pages grows to 2 MB in the process that has the spool.
+_SUSPECT_OF_HOST_BYTES = 4 << 20
+#: So often the point is repeated then, with its fault and without; and so much more for each time is a leak.
+_SERIES = 6
+_LEAK = {"heap_bytes": 24 << 10, "descriptors": 0.8, "threads": 0.8, "processes": 0.8}
+
+#: What can be wrong after a point.
+PROBLEMS = (
+    *("samples_lost", "samples_different", "gaps_and_overlaps", "answers_wrong", "untold", "hangs", "livelocks"),
+    *("hosts_lost", "memory_kept", "clean_runs_wrong", "feeds_not_durable"),
+)
+
+
+class DriverLost(Exception):
+    """The process with the subject is gone, or hangs and was killed."""
+
+    def __init__(self, text: str, *, hung: bool) -> None:
+        super().__init__(text)
+        self.hung = hung
+
+
+class Driver:
+    """The process with the subject, from outside."""
+
+    def __init__(self, setting: Setting, log: Path) -> None:
+        """Start it under the interposer, and wait until it is ready. Raises RuntimeError, InterposerUnavailable."""
+        folder = Path(setting.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        control = folder / "control"
+        control.unlink(missing_ok=True)
+        self.control = Control.create(control)
+        self.board = Board(folder / "board")
+        self._log = log
+        with log.open("ab") as stderr:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "qualification.sweep.driver",
+                    json.dumps(dataclasses.asdict(setting)),
+                    str(os.getpid()),
+                ],
+                cwd=_ROOT,
+                env=self.control.environment({**os.environ, "TMPDIR": str(folder)}),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                start_new_session=True,
+            )
+        self._pending = b""
+        try:
+            self._receive(_START_S)
+        except DriverLost as error:
+            self.close()
+            raise RuntimeError(f"the subject cannot be swept: {error}") from None
+
+    def ask(self, deadline_s: float = POINT_DEADLINE_S, **request: Any) -> dict[str, Any]:
+        """Ask for something and give the answer. Raises DriverLost."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write((json.dumps(request) + "\n").encode())
+            self.process.stdin.flush()
+        return self._receive(deadline_s)
+
+    def _receive(self, timeout_s: float) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        deadline_s = time.monotonic() + timeout_s
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            while b"\n" not in self._pending:
+                if not selector.select(max(0.0, deadline_s - time.monotonic())):
+                    self.kill()
+                    raise DriverLost(f"no answer within {timeout_s:g} s", hung=True)
+                data = os.read(self.process.stdout.fileno(), 1 << 16)
+                if not data:
+                    status = self.process.wait()
+                    raise DriverLost(f"it ended with status {status}: {self.said()}", hung=False)
+                self._pending += data
+        line, self._pending = self._pending.split(b"\n", 1)
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def said(self) -> str:
+        """Give the end of what it wrote, for a message."""
+        return self._log.read_text(errors="replace")[-400:].strip() if self._log.exists() else ""
+
+    def kill(self) -> None:
+        """End it, and what is below it: those end with it, or are of its session."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def close(self) -> None:
+        """End it, whatever it is doing. A second call does nothing."""
+        if self.process.poll() is None:
+            self.kill()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one point."""
+
+    point: str
+    fired: int
+    absorbed: bool = False
+    died: bool = False
+    #: The host itself ended, with everything acknowledged kept.
+    stopped: bool = False
+    problems: tuple[tuple[str, str], ...] = ()
+    detail: str = ""
+    call_site: tuple[str, ...] = ()
+    took_s: float = 0.0
+
+
+@dataclass
+class Tally:
+    """What came of one sweep in one mode."""
+
+    sweep: Sweep
+    mode: str
+    #: Requests that a run without a fault makes, counted more than once.
+    counted: list[int] = field(default_factory=list)
+    tried: int = 0
+    fired: int = 0
+    absorbed: int = 0
+    runtime_died: int = 0
+    host_stopped: int = 0
+    failed: int = 0
+    #: Whether a run completed in which the fault did not fire any more.
+    complete: bool = False
+
+    def add(self, outcome: Outcome) -> None:
+        """Add what came of a point."""
+        self.tried += 1
+        self.fired += bool(outcome.fired)
+        self.absorbed += outcome.absorbed
+        self.runtime_died += outcome.died
+        self.host_stopped += outcome.stopped
+        self.failed += bool(outcome.problems)
+
+    def plain(self) -> dict[str, Any]:
+        """Give it as plain data, for the records."""
+        return {
+            "scenario": self.sweep.scenario,
+            "target": self.sweep.target,
+            "site": self.sweep.site.value,
+            "mode": self.mode,
+            "min_bytes": self.sweep.min_bytes,
+            "points_counted": self.counted,
+            "points_tried": self.tried,
+            "faults_fired": self.fired,
+            "absorbed": self.absorbed,
+            "runtime_died": self.runtime_died,
+            "host_stopped": self.host_stopped,
+            "failed": self.failed,
+            "complete": self.complete,
+        }
+
+
+class Ledger:
+    """What was tried, a line each: the next run of the same campaign does not try it again."""
+
+    def __init__(self, path: Path | None, key: Mapping[str, Any]) -> None:
+        """Take up what an earlier run with the same ``key`` tried; of another, or after a torn line, nothing more."""
+        self._path, self.counts, self.outcomes = path, dict[str, list[int]](), dict[str, Outcome]()
+        if path is None:
+            return
+        head = json.dumps({"key": key}, sort_keys=True)
+        lines: list[str] = []
+        with contextlib.suppress(OSError):
+            lines = path.read_text(encoding="utf-8").split("\n")
+        if lines[:1] == [head]:
+            with contextlib.suppress(ValueError, TypeError, KeyError):
+                for line in lines[1:]:
+                    self._take(json.loads(line))
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        self._write(head)
+        for sweep, counts in self.counts.items():
+            self._write(json.dumps({"sweep": sweep, "counts": counts}))
+        for outcome in self.outcomes.values():
+            self._write(json.dumps(dataclasses.asdict(outcome)))
+
+    def _take(self, line: dict[str, Any]) -> None:
+        if "sweep" in line:
+            self.counts[line["sweep"]] = [int(each) for each in line["counts"]]
+            return
+        problems = tuple((str(kind), str(text)) for kind, text in line.pop("problems"))
+        outcome = Outcome(**{**line, "problems": problems, "call_site": tuple(line["call_site"])})
+        self.outcomes[outcome.point] = outcome
+
+    def _write(self, line: str) -> None:
+        if self._path is not None:
+            os.write(self._file, f"{line}\n".encode())
+
+    def count(self, sweep: str, counts: list[int]) -> None:
+        """Keep how many points a sweep has."""
+        self.counts[sweep] = counts
+        self._write(json.dumps({"sweep": sweep, "counts": counts}))
+
+    def keep(self, outcome: Outcome) -> None:
+        """Keep what came of a point. Raises OSError."""
+        self.outcomes[outcome.point] = outcome
+        self._write(json.dumps(dataclasses.asdict(outcome)))
+
+    def done(self) -> None:
+        """Forget it: the next campaign begins anew."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._path is not None:
+            os.close(self._file)
+
+
+@dataclass
+class Campaign:
+    """Sweeps on one subject."""
+
+    #: What a process of this number is told.
+    setting: Callable[[str], Setting]
+    sweeps: Sequence[Sweep]
+    seed: int
+    ledger: Ledger
+    folder: Path
+    jobs: int = 2
+    #: Which share of the points is tried, of how many: for several machines.
+    shard: tuple[int, int] = (1, 1)
+    #: Of each sweep and mode, only so many (None: all).
+    sample: int | None = None
+    say: Callable[[str], None] = lambda _: None
+    tallies: dict[tuple[str, str], Tally] = field(default_factory=dict)
+    failures: list[Outcome] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+        self._errors: list[BaseException] = []
+        self._stopping = threading.Event()
+        self._tasks: queue.SimpleQueue[Callable[[_Player], None]] = queue.SimpleQueue()
+        self._planned = self._tried = 0
+        self._began_s = time.monotonic()
+        for sweep in self.sweeps:
+            for mode in MODES:
+                self.tallies[sweep.name, mode] = Tally(sweep, mode)
+
+    def run(self) -> None:
+        """Try every point. Raises what a process that plays cannot even begin with."""
+        self._began_s = time.monotonic()
+        self._do([self._counting(sweep) for sweep in self.sweeps])
+        chunks = self._chunks()
+        self._planned = sum(map(len, chunks))
+        self._do([self._trying(chunk) for chunk in chunks])
+        if self.sample is None and self.shard == (1, 1):
+            self._do([self._beyond(tally) for tally in self.tallies.values()])
+
+    def try_point(self, point: Point) -> Outcome:
+        """Try one point, and look whether memory comes back when it is repeated."""
+        found: list[Outcome] = []
+        self._do([lambda player: found.append(player.closely(point))])
+        self._note(point, found[0])
+        return found[0]
+
+    def _do(self, tasks: Iterable[Callable[[_Player], None]]) -> None:
+        for task in tasks:
+            self._tasks.put(task)
+        threads = [threading.Thread(target=self._play, args=(number,), daemon=True) for number in range(self.jobs)]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                while thread.is_alive():
+                    # With a limit: Ctrl-C is handled between two waits.
+                    thread.join(0.5)
+                    self.say(self._progress())
+        finally:
+            self._stopping.set()
+            for thread in threads:
+                thread.join()
+            self._stopping.clear()
+        if self._errors:
+            raise self._errors[0]
+
+    def _play(self, number: int) -> None:
+        player = _Player(self, number)
+        try:
+            while not self._stopping.is_set():
+                try:
+                    task = self._tasks.get_nowait()
+                except queue.Empty:
+                    return
+                task(player)
+        except BaseException as error:
+            self._errors.append(error)
+            self._stopping.set()
+        finally:
+            player.close()
+
+    def _progress(self) -> str:
+        with self._lock:
+            tried, fired = self._tried, sum(tally.fired for tally in self.tallies.values())
+        if not self._planned:
+            return "counting the points"
+        passed_s = time.monotonic() - self._began_s
+        left_s = passed_s / max(1, tried) * (self._planned - tried)
+        failed = f", {len(self.failures)} failed" if self.failures else ""
+        return f"{tried} of {self._planned} points, {fired} fired{failed}, about {max(0.0, left_s) / 60:.1f} min left"
+
+    # Tasks.
+
+    def _counting(self, sweep: Sweep) -> Callable[[_Player], None]:
+        def count(player: _Player) -> None:
+            if sweep.name not in self.ledger.counts:
+                counts = player.count(sweep)
+                with self._lock:
+                    self.ledger.count(sweep.name, counts)
+            for mode in MODES:
+                self.tallies[sweep.name, mode].counted = self.ledger.counts[sweep.name]
+
+        return count
+
+    def _chunks(self) -> list[list[Point]]:
+        """Cut the points into handfuls of the same sweep, and put these into the seed's order."""
+        chance, chunks = random.Random(self.seed), []
+        for (_, mode), tally in self.tallies.items():
+            numbers = list(range(1, max(self.ledger.counts[tally.sweep.name]) + 1))
+            chance.shuffle(numbers)
+            if self.sample is not None:
+                numbers = numbers[: self.sample]
+            share, of = self.shard
+            numbers = numbers[share - 1 :: of]
+            points = [Point(tally.sweep, mode, number) for number in numbers]
+            chunks += [points[at : at + RECORDING_POINTS] for at in range(0, len(points), RECORDING_POINTS)]
+        chance.shuffle(chunks)
+        return chunks
+
+    def _trying(self, points: Sequence[Point]) -> Callable[[_Player], None]:
+        def attempt(player: _Player) -> None:
+            for point in points:
+                if self._stopping.is_set():
+                    return
+                self._one(player, point)
+
+        return attempt
+
+    def _beyond(self, tally: Tally) -> Callable[[_Player], None]:
+        """Go on behind the points that were counted, until one does not fire: then there are no more."""
+
+        def go_on(player: _Player) -> None:
+            first = max(tally.counted) + 1
+            for number in range(first, first + _MOST_BEYOND):
+                if self._stopping.is_set():
+                    return
+                if not self._one(player, Point(tally.sweep, tally.mode, number)).fired:
+                    tally.complete = True
+                    return
+
+        return go_on
+
+    def _one(self, player: _Player, point: Point) -> Outcome:
+        outcome = self.ledger.outcomes.get(point.name)
+        if outcome is None:
+            began_s = time.monotonic()
+            outcome = player.attempt(point)
+            outcome = dataclasses.replace(outcome, took_s=round(time.monotonic() - began_s, 3))
+            with self._lock:
+                self.ledger.keep(outcome)
+        self._note(point, outcome)
+        return outcome
+
+    def _note(self, point: Point, outcome: Outcome) -> None:
+        with self._lock:
+            self._tried += 1
+            self.tallies.setdefault((point.sweep.name, point.mode), Tally(point.sweep, point.mode)).add(outcome)
+            if outcome.problems:
+                self.failures.append(outcome)
+
+    # What came of it.
+
+    def count(self, kind: str) -> int:
+        """Count the points after which something of this kind was wrong."""
+        return sum(any(each == kind for each, _ in outcome.problems) for outcome in self.failures)
+
+    def record(self) -> FaultRecord:
+        """Add up what became of the faults."""
+        tallies = self.tallies.values()
+        fired = sum(tally.fired for tally in tallies)
+        died = sum(tally.runtime_died for tally in tallies)
+        return FaultRecord(
+            sum(tally.tried for tally in tallies),
+            fired,
+            sum(tally.absorbed for tally in tallies),
+            Provenance.INTERPOSED if fired else None,
+            f"runtime_died {died}",
+        )
+
+    def unfired(self) -> list[str]:
+        """Name the sweeps of which no point fired."""
+        fired = Counter[str]()
+        for (name, _), tally in self.tallies.items():
+            fired[name] += tally.fired
+        return [name for name, count in fired.items() if not count]
+
+    def incomplete(self) -> list[str]:
+        """Name the sweeps, by mode, that did not come to a run without a fault."""
+        return [f"{name}/{mode}" for (name, mode), tally in self.tallies.items() if not tally.complete]
+
+
+class _Player:
+    """Has a process with a subject, and another when that is lost."""
+
+    def __init__(self, campaign: Campaign, number: int) -> None:
+        self._campaign, self._number = campaign, number
+        self._driver: Driver | None = None
+        #: What each process held when it was first seen, and what the host did as its recording began.
+        self._first: dict[str, dict[str, int]] = {}
+
+    def close(self) -> None:
+        driver, self._driver = self._driver, None
+        if driver is not None:
+            driver.close()
+
+    def _there(self) -> Driver:
+        if self._driver is None:
+            folder = self._campaign.folder / f"player-{self._number}"
+            self._driver = Driver(self._campaign.setting(str(folder)), self._campaign.folder / "stderr.log")
+            self._first.clear()
+        return self._driver
+
+    def count(self, sweep: Sweep) -> list[int]:
+        """Count the points of a sweep: once to warm up, and twice to see whether the count repeats."""
+        point, counts = Point(sweep, TRANSIENT, 1), []
+        for _ in range(3):
+            found = self._there().ask(point=point.name, fires=False, anew=False)
+            if found["problems"]:
+                raise RuntimeError(f"{sweep.name} fails with no fault at all: {found['problems']} {found['error']}")
+            counts.append(int(found["seen"]))
+        return counts[1:]
+
+    def attempt(self, point: Point) -> Outcome:
+        """Try a point; whatever is suspected to leak is looked at closely."""
+        answer, outcome = self._ask(point)
+        if answer and not outcome.problems and (suspected := self._suspected(answer)):
+            closely = self._leaks(point)
+            if closely:
+                return dataclasses.replace(outcome, problems=(("memory_kept", f"{closely} (seen first: {suspected})"),))
+            self._first.clear()
+        return outcome
+
+    def closely(self, point: Point) -> Outcome:
+        """Try a point, and then see whether it leaks."""
+        self.count(point.sweep)
+        _, outcome = self._ask(point)
+        if not outcome.problems and not outcome.stopped and (text := self._leaks(point)):
+            return dataclasses.replace(outcome, problems=(("memory_kept", text),))
+        return outcome
+
+    def _ask(self, point: Point, *, fires: bool = True, anew: bool = False) -> tuple[dict[str, Any], Outcome]:
+        driver = self._there()
+        try:
+            answer = driver.ask(point=point.name, fires=fires, anew=anew)
+        except DriverLost as error:
+            return {}, self._lost(driver, point, error)
+        problems = tuple((kind, text) for kind, text in answer["problems"])
+        if problems:
+            # What comes next must not suffer from it.
+            self.close()
+        return answer, Outcome(
+            point.name,
+            answer["fired"],
+            bool(answer["absorbed"]),
+            bool(answer["died"]),
+            problems=problems,
+            detail=answer["detail"] if answer["fired"] else "",
+            call_site=tuple(answer["call_site"]) if problems else (),
+        )
+
+    def _lost(self, driver: Driver, point: Point, error: DriverLost) -> Outcome:
+        """Judge the end of the host: a hang is none that is allowed, and what was acknowledged has to be there."""
+        record, site = driver.control.record(), tuple(driver.control.call_site())
+        acknowledged, in_flight = driver.board.read()
+        folder = driver.board.folder()
+        self.close()
+        problems: list[tuple[str, str]] = []
+        if error.hung:
+            problems.append(("hangs", str(error)))
+        elif not (point.persistent and point.sweep.target == "host"):
+            # The host has to live. Only where it is refused everything from there on may it end.
+            problems.append(("hosts_lost", str(error)))
+        if folder:
+            try:
+                request = {"folder": folder, "acknowledged": acknowledged, "in_flight": in_flight}
+                problems += [(kind, text) for kind, text in self._there().ask(recover=request)["problems"]]
+            except DriverLost as again:
+                problems.append(("hosts_lost", f"no process goes on with the recording: {again}"))
+                self.close()
+        return Outcome(
+            point.name,
+            record.faults_fired,
+            stopped=not problems,
+            problems=tuple(problems),
+            detail=record.detail,
+            call_site=site,
+        )
+
+    def _suspected(self, answer: Mapping[str, Any]) -> str:
+        """Say what is held beyond what was held at first, if it is more than may come and go."""
+        for process, now in answer["held"].items():
+            host = process == answer["host"]
+            first = self._first.setdefault(answer["recording"] if host else process, now)
+            for what, amount in now.items():
+                most = _SUSPECT_OF_HOST_BYTES if host and what == "heap_bytes" else _SUSPECT[what]
+                if amount - first.get(what, amount) > most:
+                    return f"process {process} holds {amount - first[what]} more {what}"
+        return ""
+
+    def _leaks(self, point: Point) -> str:
+        """Repeat a point with its fault and without, each on a recording of its own; say what grows with it alone."""
+        grown = []
+        for fires in (True, False):
+            held: list[Counter[str]] = []
+            for number in range(_SERIES):
+                answer, outcome = self._ask(point, fires=fires, anew=number == 0)
+                if outcome.problems or not answer:
+                    return ""
+                held.append(_summed(answer))
+            grown.append({what: held[-1][what] - held[1][what] for what in held[-1]})
+        times = _SERIES - 2
+        for what, amount in grown[0].items():
+            more = amount - grown[1].get(what, 0)
+            if more >= _LEAK[what.split()[-1]] * times:
+                return f"{more} more {what} are held after {times} repetitions than without the fault"
+        return ""
+
+
+def _summed(answer: Mapping[str, Any]) -> Counter[str]:
+    """Add up what the processes hold, the host's apart."""
+    summed = Counter[str]()
+    for process, held in answer["held"].items():
+        whose = "of all" if process == "all" else "host" if process == answer["host"] else "runtime"
+        for what, amount in held.items():
+            summed[f"{whose} {what}"] += amount
+    return summed

@@ -1,0 +1,127 @@
+"""The process that has the subject: it tries one point after another, as it is told.
+
+    python -m qualification.sweep.driver '{"subject": ..., "folder": ..., ...}' PARENT_PROCESS_ID
+
+It is under the interposer, and so are the processes below it. Requests come in on standard input, a JSON line each, and
+each is answered by one on standard output. It arms, acts and disarms itself: what fails while it is armed is the
+subject, or this process, which is to be survived too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from backends.faults.limits import declare_expendable
+from backends.process import begin_as_child
+from qualification.sweep.points import BEYOND, Point, parse
+from qualification.sweep.scenarios import SCENARIOS, Scenario
+from qualification.sweep.stage import Problem, Setting, Stage, is_running
+
+
+def main(argv: list[str]) -> int:
+    """Do what is asked until the parent is gone."""
+    setting, parent = Setting(**json.loads(argv[0])), int(argv[1])
+    begin_as_child(parent)
+    declare_expendable()
+    # Whatever a library prints: the parent reads answers here, and nothing else.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    stage = Stage(setting)
+    scenarios: dict[str, Scenario] = {}
+
+    def answer(**what: Any) -> None:
+        answers.write(json.dumps(what) + "\n")
+        answers.flush()
+
+    stage.fresh({})
+    answer(ready=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "recover" in request:
+            answer(problems=_recover(stage, **request["recover"]))
+            continue
+        point = parse(request["point"])
+        name = point.sweep.scenario
+        if name not in scenarios:
+            scenarios[name] = SCENARIOS[name](stage)
+        if request["anew"]:
+            stage.close()
+        answer(**_try(stage, scenarios[name], point, request["fires"]))
+    return 0
+
+
+def _try(stage: Stage, scenario: Scenario, point: Point, fires: bool) -> dict[str, Any]:
+    """Try one point, or with ``fires`` False only count; give what was seen, and what was not as it has to be."""
+    control, problems = stage.control, list[Problem]()
+    began_s = time.monotonic()
+    scenario.ready()
+    before = stage.before()
+    plan = (point if fires else Point(point.sweep, point.mode, BEYOND)).plan()
+    control.prepare(plan, os.getpid())
+    error = ""
+    control.begin()
+    try:
+        scenario.act()
+    except Exception as failure:
+        control.end()
+        error = f"{type(failure).__name__}: {failure}"[:300]
+    finally:
+        control.end()
+    took_s = time.monotonic() - began_s
+    record, site = control.record(), control.call_site()
+    fired_process = control.fired_process()
+    with contextlib.suppress(Exception):
+        # What it cannot give back any more, because the subject is gone, is not there either.
+        scenario.lift()
+    stage.closed_on_purpose = scenario.closes
+    problems += stage.finish()
+    told = [event.kind for event in stage.require().events()][before.events :]
+    problems += stage.look(before, scenario.single)
+    scenario.after()
+    if not problems:
+        problems += stage.clean_run()
+    held = {} if problems else stage.held()
+    gone = bool(fired_process) and fired_process != os.getpid() and not is_running(fired_process)
+    return {
+        "seen": record.points_seen,
+        "fired": record.faults_fired,
+        "detail": record.detail,
+        "call_site": site,
+        "error": error,
+        "told": told,
+        # Another that was put in its place by the subject, unasked, is not one that died.
+        "died": gone and not scenario.closes and ("worker_lost" in told or "restart_worker" not in told),
+        "absorbed": bool(record.faults_fired) and not error and not told and not gone,
+        "problems": problems,
+        "held": held,
+        "host": str(os.getpid()),
+        "recording": str(stage.folder),
+        "took_s": took_s,
+    }
+
+
+def _recover(stage: Stage, folder: str, acknowledged: int, in_flight: int) -> list[Problem]:
+    """Go on with the recording of a process that is gone; say what is not as it has to be."""
+    stage.begin({}, Path(folder))
+    stage.open()
+    stage.accepted = stage.wanted = acknowledged
+    before = stage.before()
+    samples = getattr(stage.require(), "recovered", lambda: None)()
+    if samples is not None:
+        if not acknowledged <= len(samples) <= max(acknowledged, in_flight):
+            text = f"{acknowledged} samples were acknowledged, {in_flight} with the call in flight: {len(samples)} are kept"
+            return [("samples_lost", text)]
+        stage.accepted = len(samples)
+    # Up to the next whole block: the answers are cut where they are in the undisturbed run.
+    stage.wanted = -(-stage.accepted // stage.block_samples) * stage.block_samples
+    return [*stage.finish(), *stage.look(before, single=False), *stage.clean_run()]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,134 @@
+"""What is swept: a *sweep* is a scenario and whose allocations fail in it, a *point* one of them, once or from there on.
+
+A point has a name, ``inference/runtime/transient/117``: a failure's command repeats it by that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from backends.contract import Capability, FaultPlan, Site
+
+HOST, RUNTIME = "host", "runtime"
+TRANSIENT, PERSISTENT = "transient", "persistent"
+MODES = (TRANSIENT, PERSISTENT)
+#: A point disarms itself after so long: whoever should have done it hangs.
+DISARM_AFTER_S = 30.0
+#: No scenario has so many points: with this one nothing fires, and all are counted.
+BEYOND = 1 << 40
+
+
+class PointError(ValueError):
+    """A text names no point. The message says what was expected."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A scenario, and the requests in it that fail in turn."""
+
+    scenario: str
+    #: The process that holds the subject, or those below it.
+    target: str
+    #: Requests of fewer bytes are no points.
+    min_bytes: int
+    #: As in a FaultPlan.
+    thread: str | None = None
+    site: Site = Site.HOST_ALLOCATION
+    #: What the scenario needs of a backend.
+    needs: Capability = Capability.ALLOCATION_FAULTS
+
+    @property
+    def name(self) -> str:
+        """Scenario and target, and the site where it is not the host's memory."""
+        place = "" if self.site is Site.HOST_ALLOCATION else f".{self.site.value}"
+        return f"{self.scenario}/{self.target}{place}"
+
+
+@dataclass(frozen=True)
+class Point:
+    """The ``nth`` request of a sweep, alone or with all that follow in the same process."""
+
+    sweep: Sweep
+    mode: str
+    nth: int
+
+    @property
+    def name(self) -> str:
+        """What names it on a command line."""
+        return f"{self.sweep.name}/{self.mode}/{self.nth}"
+
+    @property
+    def persistent(self) -> bool:
+        """Whether every request from there on fails."""
+        return self.mode == PERSISTENT
+
+    def plan(self) -> FaultPlan:
+        """Give what the interposer is to do."""
+        sweep = self.sweep
+        return FaultPlan(
+            sweep.site,
+            nth=self.nth,
+            times=None if self.persistent else 1,
+            min_bytes=sweep.min_bytes,
+            process=sweep.target,
+            thread=sweep.thread,
+            disarm_after_s=DISARM_AFTER_S,
+        )
+
+
+#: Every request of 64 bytes and more where counts repeat: the runtime computes with one thread, and the questions about
+#: its memory, which come when they come, have a thread of their own. A process that starts, imports and profiles does
+#: not repeat itself: there, and in the host, the sizes that matter. 512 bytes and more are what Python takes from the C
+#: library: arrays, tables, texts, what a database page or a message is made of.
+_REPEATED_BYTES = 64
+_HOST_BYTES = 512
+_STARTING_BYTES = 64 << 10
+_NOT_SIDE = "!plimsoll-side"
+
+SWEEPS: tuple[Sweep, ...] = (
+    Sweep("start", HOST, 2048),
+    Sweep("start", RUNTIME, _STARTING_BYTES),
+    Sweep("feed", HOST, 16, "main"),
+    Sweep("inference", HOST, _HOST_BYTES),
+    Sweep("inference", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),
+    Sweep("pressure", HOST, _HOST_BYTES),
+    Sweep("pressure", RUNTIME, _HOST_BYTES),
+    Sweep("cache_clear", HOST, _HOST_BYTES, needs=Capability.CACHE_OOM),
+    Sweep("cache_clear", RUNTIME, _REPEATED_BYTES, _NOT_SIDE, needs=Capability.CACHE_OOM),
+    Sweep("garbage_collect", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),
+    Sweep("reduce_buffer", HOST, _HOST_BYTES),
+    Sweep("reduce_buffer", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),
+    Sweep("restart_worker", HOST, 2048),
+    Sweep("restart_worker", RUNTIME, _STARTING_BYTES),
+    Sweep("cpu_fallback", HOST, _HOST_BYTES),
+    Sweep("cpu_fallback", RUNTIME, _HOST_BYTES, _NOT_SIDE),
+    Sweep("return_to_device", HOST, _HOST_BYTES),
+    Sweep("return_to_device", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),
+    Sweep("emergency_shutdown", HOST, _HOST_BYTES),
+    Sweep("toggle", HOST, _HOST_BYTES),
+    Sweep("toggle", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),
+    Sweep("shutdown", HOST, 64),
+    Sweep("shutdown", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),
+    Sweep("resume", HOST, 2048),
+    Sweep("resume", RUNTIME, _STARTING_BYTES),
+)
+#: The same for the device's own memory, where it has one.
+DEVICE_SWEEPS: tuple[Sweep, ...] = tuple(
+    Sweep(scenario, RUNTIME, 1, site=site, needs=Capability.DEVICE_ALLOCATION_FAULTS)
+    for site in (Site.DEVICE_ALLOCATION, Site.DEVICE_LAUNCH)
+    for scenario in ("start", "inference", "reduce_buffer", "cpu_fallback", "return_to_device", "restart_worker")
+)
+
+
+def parse(name: str) -> Point:
+    """Find the point that a name stands for. Raises PointError."""
+    parts = name.split("/")
+    sweeps = {sweep.name: sweep for sweep in (*SWEEPS, *DEVICE_SWEEPS)}
+    sweep = sweeps.get("/".join(parts[:2]))
+    if sweep is None:
+        raise PointError(f"--point {name}: expected SCENARIO/TARGET/MODE/NUMBER, begun by one of {', '.join(sweeps)}")
+    if len(parts) != 4 or parts[2] not in MODES or not parts[3].isdigit() or int(parts[3]) < 1:
+        raise PointError(
+            f"--point {name}: after {sweep.name} expected /{' or /'.join(MODES)}, and / with a number from 1"
+        )
+    return Point(sweep, parts[2], int(parts[3]))

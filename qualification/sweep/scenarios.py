@@ -1,0 +1,331 @@
+"""The scenarios: what is done while an allocation fails. Together they are a dictation, from its start to its resuming.
+
+Each says how the moment before is brought about (``ready``), what is done in it (``act``), and what it held meanwhile
+and gives back (``lift``). Nothing here looks at the outcome.
+"""
+
+from __future__ import annotations
+
+import abc
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from backends.contract import Allocation, ArmedFault, FaultPlan, Site
+from qualification.observe import counts
+from qualification.subject import STRATEGIES
+from qualification.sweep.stage import DRAIN_S, Stage
+
+#: Nothing is asked of the runtime but what the scenario has it do: its requests repeat.
+_QUIET = {
+    "pressure_interval_s": 3600.0,
+    "restart_backoff_s": 0.01,
+    "heartbeat_s": 5.0,
+    "infer_deadline_s": 8.0,
+    "start_deadline_s": 15.0,
+    # A point of which a worker dies costs the start of another.
+    "fork_workers": True,
+    # So that few allocations fill the device, and a batch that was reduced is whole again for the next point.
+    "max_batch": 4,
+    "batches_before_growth": 1,
+}
+#: Memory is watched closely, and a device that is free again is returned to at once.
+_WATCHFUL = {**_QUIET, "pressure_interval_s": 0.004, "return_after_s": 0.002}
+_SOON_S = 5.0
+#: After a fault that cost a process a subject returns later: it is not waited for, another takes its place.
+_AT_ONCE_S = 0.2
+_TOLD_WITHIN_S = 1.0
+_LOOK_EVERY_S = 0.001
+
+
+class Scenario(abc.ABC):
+    """One part of a dictation."""
+
+    policy: ClassVar[Mapping[str, Any]] = _QUIET
+    #: Whether every answer comes from a batch of one: then it is the same to the bit.
+    single: ClassVar[bool] = True
+    #: Whether the subject is closed in it.
+    closes: ClassVar[bool] = False
+    #: The device's own fault that it needs besides.
+    plan: ClassVar[FaultPlan | None] = None
+
+    def __init__(self, stage: Stage) -> None:
+        """Take the stage that it plays on."""
+        self.stage = stage
+        self._fault: ArmedFault | None = None
+
+    def ready(self) -> None:
+        """Bring about the moment before."""
+        self.stage.fresh(self.policy)
+        self.stage.wants(self.blocks * self.stage.block_samples)
+        self.arm()
+
+    blocks: ClassVar[int] = 1
+
+    def arm(self) -> None:
+        """Bring about the device's own fault."""
+        if self.plan is not None:
+            self._fault = self.stage.backend.arm(self.plan)
+
+    @abc.abstractmethod
+    def act(self) -> None:
+        """Do what is swept."""
+
+    def lift(self) -> None:
+        """Give back what it held."""
+        fault, self._fault = self._fault, None
+        if fault is not None:
+            fault.disarm()
+
+    def after(self) -> None:  # noqa: B027  # most have nothing to do then
+        """Bring the subject back to where the next point begins, once everything was answered."""
+
+
+class Feed(Scenario):
+    """Audio comes in; it is too little for an answer."""
+
+    def ready(self) -> None:
+        """Bring about the moment before."""
+        self.stage.fresh(self.policy)
+        self.stage.wants(self.stage.block_samples // 2)
+
+    def act(self) -> None:
+        """Do what is swept."""
+        self.stage.feed()
+
+    def lift(self) -> None:
+        """Give back what it held."""
+        # The other half: the answers are cut where they are in the undisturbed run.
+        stage = self.stage
+        stage.wanted += stage.block_samples - stage.block_samples // 2
+
+
+class Inference(Scenario):
+    """Audio comes in and is answered."""
+
+    def act(self) -> None:
+        """Do what is swept."""
+        self.stage.feed()
+        self.stage.require().drain(DRAIN_S)
+
+
+class CacheClear(Inference):
+    """The runtime's cache is in the way."""
+
+    plan = FaultPlan(Site.DEVICE_CACHE)
+
+
+class GarbageCollect(Inference):
+    """Garbage is in the way."""
+
+    plan = FaultPlan(Site.DEVICE_GARBAGE)
+
+
+class ReduceBuffer(Inference):
+    """There is memory for a small batch, and for no large one."""
+
+    blocks, single = 4, False
+
+    def arm(self) -> None:
+        """Bring about the device's own fault."""
+        free_bytes = int(1.2 * self.stage.run_bytes[1])
+        self._fault = self.stage.backend.arm(FaultPlan(Site.DEVICE_MEMORY, times=None, min_bytes=free_bytes))
+
+
+class RestartWorker(Inference):
+    """The runtime crashes, and another process takes its place."""
+
+    plan = FaultPlan(Site.RUNTIME_CRASH)
+
+
+class CpuFallback(Inference):
+    """The device has no memory at all: the fallback is loaded, and answers."""
+
+    policy = {**_WATCHFUL, "rungs": [each for each in STRATEGIES if each != "restart_worker"]}
+    plan = FaultPlan(Site.DEVICE_MEMORY, times=None)
+
+    def after(self) -> None:
+        """Bring the subject back to where the next point begins."""
+        _wait(lambda: self.stage.require().device() == self.stage.device, _AT_ONCE_S)
+
+
+class Pressure(Scenario):
+    """Others take the device's memory, before there is an error, and give it back."""
+
+    policy = _WATCHFUL
+    blocks = 0
+    share: ClassVar[float] = 0.92
+    _ballast: Allocation | None = None
+
+    def take(self) -> None:
+        """Have others take so much that this share is in use."""
+        backend = self.stage.backend
+        taken = int(self.share * self.stage.setting.device_limit_bytes) - backend.memory().used_bytes
+        self._ballast = backend.allocate(taken)
+
+    def ready(self) -> None:
+        """Bring about the moment before."""
+        super().ready()
+        self._ballast = None
+        self._told = counts(self.stage.require())
+
+    def act(self) -> None:
+        """Do what is swept."""
+        self.take()
+        self.wait_for("pressure_critical")
+
+    def wait_for(self, kind: str) -> bool:
+        """Wait until the subject told of it; say whether it did."""
+        before = self._told[kind]
+        return _wait(lambda: counts(self.stage.require())[kind] > before, _TOLD_WITHIN_S)
+
+    def lift(self) -> None:
+        """Give back what it held."""
+        ballast, self._ballast = self._ballast, None
+        if ballast is None:
+            return
+        self.wait_for("pressure_critical")
+        ballast.free()
+        self.wait_for("pressure_normal")
+
+
+class ReturnToDevice(Pressure):
+    """The device has memory again: the model is loaded there, tried, and used."""
+
+    policy = CpuFallback.policy
+    share = 0.97
+
+    def ready(self) -> None:
+        """Bring about the moment before."""
+        super().ready()
+        self.take()
+        _wait(lambda: self.stage.require().device() != self.stage.device, _SOON_S)
+
+    def act(self) -> None:
+        """Do what is swept."""
+        ballast, self._ballast = self._ballast, None
+        if ballast is not None:
+            ballast.free()
+        _wait(lambda: self.stage.require().device() == self.stage.device, _SOON_S)
+
+
+class EmergencyShutdown(Inference):
+    """Nothing helps: the recording ends in order."""
+
+    policy = {**_QUIET, "rungs": ["cache_clear", "garbage_collect", "reduce_buffer", "emergency_shutdown"]}
+    plan = FaultPlan(Site.DEVICE_MEMORY, times=None)
+
+
+class Toggle(Scenario):
+    """The recording is stopped, which answers what was accepted, and started again."""
+
+    def act(self) -> None:
+        """Do what is swept."""
+        subject = self.stage.require()
+        self.stage.feed()
+        subject.toggle()
+        subject.drain(DRAIN_S)
+        subject.toggle()
+
+    def lift(self) -> None:
+        """Give back what it held."""
+        subject = self.stage.require()
+        if not subject.toggle():
+            subject.toggle()
+
+
+class Start(Scenario):
+    """A subject begins: its processes, the model, the warm-up, the first answer."""
+
+    def ready(self) -> None:
+        """Bring about the moment before."""
+        stage = self.stage
+        stage.begin(self.policy, stage.new_folder())
+        stage.wants(stage.block_samples)
+
+    def act(self) -> None:
+        """Do what is swept."""
+        stage = self.stage
+        stage.open()
+        stage.feed()
+        stage.require().drain(DRAIN_S)
+
+
+class Resume(Start):
+    """A subject goes on with what another left: half a block without an answer."""
+
+    _left: Path | None = None
+
+    def ready(self) -> None:
+        """Bring about the moment before."""
+        stage, half = self.stage, self.stage.block_samples // 2
+        if self._left is None:
+            left = stage.new_folder()
+            stage.begin(self.policy, left)
+            stage.open()
+            stage.wants(stage.block_samples)
+            stage.finish()
+            stage.wants(half)
+            stage.feed()
+            subject, stage.subject = stage.require(), None
+            subject.close()
+            self._left = left
+        folder = stage.new_folder()
+        shutil.copytree(self._left, folder)
+        stage.begin(self.policy, folder, stage.block_samples + half)
+        stage.wants(stage.block_samples - half)
+
+
+class Shutdown(Scenario):
+    """The recording ends while something is unanswered."""
+
+    closes = True
+
+    def ready(self) -> None:
+        """Bring about the moment before."""
+        stage = self.stage
+        stage.begin(self.policy, stage.new_folder())
+        stage.open()
+        stage.wants(stage.block_samples // 2)
+        stage.feed()
+
+    def act(self) -> None:
+        """Do what is swept."""
+        subject = self.stage.require()
+        subject.shutdown("the sweep's end")
+        subject.close()
+
+    def lift(self) -> None:
+        """Give back what it held."""
+        stage = self.stage
+        stage.wanted = stage.block_samples
+
+
+def _wait(condition: Callable[[], bool], timeout_s: float) -> bool:
+    """Wait for a condition, looking often: a point takes some milliseconds."""
+    deadline_s = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(_LOOK_EVERY_S)
+    return True
+
+
+SCENARIOS: Mapping[str, Callable[[Stage], Scenario]] = {
+    "start": Start,
+    "feed": Feed,
+    "inference": Inference,
+    "pressure": Pressure,
+    "cache_clear": CacheClear,
+    "garbage_collect": GarbageCollect,
+    "reduce_buffer": ReduceBuffer,
+    "restart_worker": RestartWorker,
+    "cpu_fallback": CpuFallback,
+    "return_to_device": ReturnToDevice,
+    "emergency_shutdown": EmergencyShutdown,
+    "toggle": Toggle,
+    "shutdown": Shutdown,
+    "resume": Resume,
+}

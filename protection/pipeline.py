@@ -41,6 +41,7 @@ SCORE_TOLERANCE = 1e-3
 _RETENTION_EVERY_S = 60.0
 _STORAGE_BACKOFF_S = (0.1, 5.0)
 _RETURN_DELAY_MOST_S = 30.0
+_CLOSED_AT_MOST = 5
 _RESTART_DELAY_MOST_S = 2.0
 #: What a reading of the device's memory raises while the worker that has it is gone, stopped or just starting.
 _NO_READING = (OSError, RuntimeFailure, BackendError)
@@ -153,7 +154,7 @@ class DictationPipeline:
         #: Whether the last block was refused for want of storage, and whether one was accepted since.
         self._refusing = self._storage_back = False
         self._flush_to = 0
-        self._closing = False
+        self._closed = False
         self._shut_down: str | None = None
         self._batch = self._policy.max_batch
         self._good_batches = 0
@@ -286,15 +287,20 @@ class DictationPipeline:
             self._worker.join(1.0)
 
     def close(self) -> None:
-        """Give everything back. What is unanswered is answered by the next pipeline on the same folder."""
-        if self._closing:
+        """Give everything back. What is unanswered is answered by the next pipeline on the same folder.
+
+        A second call does nothing, unless the first was cut short, by want of memory for instance.
+        """
+        if self._closed:
             return
-        self._closing = True
-        self.shutdown("closed")
-        if self._worker.is_alive():
-            # Still inside the runtime: the engine cannot be taken away from under it. It closes it on its way out.
-            _log.warning("the work did not end within %s s: it ends later", self._policy.shutdown_deadline_s)
-        self._spool.close()
+        try:
+            self.shutdown("closed")
+            if self._worker.is_alive():
+                # Still inside the runtime: the engine cannot be taken away from under it. It closes it on its way out.
+                _log.warning("the work did not end within %s s: it ends later", self._policy.shutdown_deadline_s)
+        finally:
+            self._spool.close()
+        self._closed = True
 
     def quiesce(self) -> None:
         """Answer everything and give cached memory back: the state in which memory is compared."""
@@ -349,10 +355,17 @@ class DictationPipeline:
                     time.sleep(_STORAGE_BACKOFF_S[0])
         finally:
             # Here, and so never under an inference; and at once after an emergency, when memory is what is short.
+            self._close_engine()
+
+    def _close_engine(self) -> None:
+        for _ in range(_CLOSED_AT_MOST):
             try:
                 self._engine.close()
+                return
             except Exception:
-                _log.exception("the engine could not be closed")
+                # What there was no memory for now, there may be in a moment.
+                time.sleep(_STORAGE_BACKOFF_S[0])
+        _log.error("the engine could not be closed: its workers end with this process")
 
     def _work_on(self) -> None:
         backoff_s = _STORAGE_BACKOFF_S[0]
@@ -678,6 +691,14 @@ class DictationPipeline:
 
     def _watch(self) -> None:
         """Read both memories again and again; the working thread acts on what is found."""
+        while not self._is_shut_down():
+            try:
+                self._watch_on()
+            except Exception:
+                # Not even waiting worked: memory is that short, and that is when it has to be watched.
+                time.sleep(self._policy.pressure_interval_s)
+
+    def _watch_on(self) -> None:
         while self._shut_down is None:
             for pressure, read in (
                 (self._host_pressure, host_memory),

@@ -284,8 +284,8 @@ class SpoolView:
         """Close the file. A second call does nothing."""
         with self._lock:
             if not self._closed:
-                self._closed = True
                 self._db.close()
+                self._closed = True
                 self._tidy()
 
     def __enter__(self) -> Self:
@@ -572,9 +572,11 @@ class Spool(SpoolView):
     def close(self) -> None:
         """Close the file and let others open it. A second call does nothing."""
         with self._lock:
-            if not self._closed:
-                super().close()
-                os.close(self._lock_fd)
+            super().close()
+            # Last: whoever opens it next finds nothing half closed.
+            lock_fd, self._lock_fd = self._lock_fd, -1
+            if lock_fd >= 0:
+                os.close(lock_fd)
 
     # How.
 

@@ -185,8 +185,12 @@ class Template:
                 raise TemplateLost(str(error)) from error
             if not answer["forked"]:
                 raise TemplateLost(f"the template could not fork: {answer['why']}")
-            self._running.add(answer["forked"])
-            return Forked(self, answer["forked"], given[0])
+            try:
+                self._running.add(answer["forked"])
+                return Forked(self, answer["forked"], given[0])
+            except MemoryError:
+                os.close(given[0])
+                raise
 
     def status_of(self, process_id: int) -> int:
         """Give the exit status of a worker that has ended, or STATUS_UNKNOWN."""

@@ -210,9 +210,11 @@ class WorkerEngine:
             raise EngineError("the engine was closed")
         fallback = self._backend.fallback()
         self._names = self._names[0], fallback.device
-        # Whatever the backend says of its fallback: that one is to see no accelerator.
-        self._fallback = self._new_worker(replace(fallback.share(), blind=True), load=True)
-        fallback.close()
+        try:
+            # Whatever the backend says of its fallback: that one is to see no accelerator.
+            self._fallback = self._new_worker(replace(fallback.share(), blind=True), load=True)
+        finally:
+            fallback.close()
         return self._fallback
 
     def _ready_fallback(self) -> Worker:
@@ -407,13 +409,16 @@ class WorkerEngine:
                 worker.cancel()
 
     def close(self) -> None:
-        """End the workers, for good. A second call does nothing."""
-        if self._closed:
-            return
+        """End the workers, for good. A second call does what the first did not come to, and else nothing."""
         self._closed = True
-        self._drop(self._fallback)
-        self._drop(self._device)
+        try:
+            self._drop(self._fallback)
+        finally:
+            try:
+                self._drop(self._device)
+            finally:
+                self._launcher.close()
         self._backend.take_back(self._elsewhere)
-        self._launcher.close()
         if self._owns_backend:
+            self._owns_backend = False
             self._backend.close()

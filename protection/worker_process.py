@@ -79,13 +79,6 @@ class Worker:
     ) -> None:
         """Start the process, and have it ``load`` the model at once; ``ready`` waits for it."""
         self._deadlines = deadlines
-        try:
-            self._work, self._side, self._stderr, self._process, self._template = launcher.do(
-                lambda: _launch(share, NO_ACCELERATOR if share.blind else {})
-            )
-        except (OSError, subprocess.SubprocessError) as error:
-            # No descriptor, no process, no memory for one: that passes, and is nobody's fault.
-            raise WorkerLost("did not start", f"no worker could be started ({error})", at_start=True) from error
         self._numbers = itertools.count(1)
         self._side_numbers = itertools.count(1)
         self._side_lock = threading.Lock()
@@ -108,9 +101,21 @@ class Worker:
             "host_patience_s": deadlines.host_patience_s,
         }
         patience = _Patience(self, deadlines.start_s, deadlines.heartbeat_s)
-        self._starting.append(self._send("start", meta, b"", patience))
-        if load:
-            self._starting.append(self._send("load", {}, b"", patience))
+        try:
+            # Last: what fails before it leaves no process behind.
+            self._work, self._side, self._stderr, self._process, self._template = launcher.do(
+                lambda: _launch(share, NO_ACCELERATOR if share.blind else {})
+            )
+        except (OSError, subprocess.SubprocessError) as error:
+            # No descriptor, no process, no memory for one: that passes, and is nobody's fault.
+            raise WorkerLost("did not start", f"no worker could be started ({error})", at_start=True) from error
+        try:
+            self._starting.append(self._send("start", meta, b"", patience))
+            if load:
+                self._starting.append(self._send("load", {}, b"", patience))
+        except BaseException:
+            self.end()
+            raise
 
     @property
     def process_id(self) -> int:
@@ -299,13 +304,16 @@ class Worker:
             if self._reaped:
                 return
             self._reaped = True
-        if self._process.poll() is None:
-            with contextlib.suppress(Exception):
-                self._work.send(Kind.REQUEST, next(self._numbers), {"do": "end"}, b"", _refuse)
-            if self._outlives(_END_S):
-                self._process.kill()
-        self._process.wait()
-        self._close()
+        try:
+            if self._process.poll() is None:
+                with contextlib.suppress(Exception):
+                    self._work.send(Kind.REQUEST, next(self._numbers), {"do": "end"}, b"", _refuse)
+                if self._outlives(_END_S):
+                    self._process.kill()
+            self._process.wait()
+        finally:
+            # A worker that finds its connections closed ends.
+            self._close()
 
     def _lost(self, cause: str, why: str) -> WorkerLost:
         """End what is left of it, and say how it ended."""
@@ -317,20 +325,25 @@ class Worker:
         with self._ended:
             first = not self._reaped
             self._reaped = True
-        if first:
-            self._process.kill()
-            self._process.wait()
-        text = f"worker {self.process_id} " + (_how(self._process.poll() or 0) if died else f"{cause}: {why}")
-        said = self._said() if first else ""
-        if first:
-            self._close()
+        said = ""
+        try:
+            if first:
+                self._process.kill()
+                self._process.wait()
+            text = f"worker {self.process_id} " + (_how(self._process.poll() or 0) if died else f"{cause}: {why}")
+            said = self._said() if first else ""
+        finally:
+            if first:
+                self._close()
         return WorkerLost(cause, text + (f"; it said: {said}" if said else ""))
 
     def _close(self) -> None:
-        self._work.close()
-        with self._side_lock:
-            self._side.close()
-        os.close(self._stderr)
+        try:
+            self._work.close()
+            with self._side_lock:
+                self._side.close()
+        finally:
+            os.close(self._stderr)
 
     def _said(self) -> str:
         size = os.fstat(self._stderr).st_size
@@ -429,9 +442,12 @@ def _launch_from(template: Template | None, share: Share, hidden: Mapping[str, s
                 # Ctrl-C is the host's to handle.
                 start_new_session=True,
             )
+        # Whatever fails from here on leaves no process behind.
+        ours.callback(process.kill)
+        work, side = ends
+        launched = Channel(work), Channel(side), stderr, process, template
         ours.pop_all()
-    work, side = ends
-    return Channel(work), Channel(side), stderr, process, template
+    return launched
 
 
 def _failure(frame: Frame) -> Exception | None:

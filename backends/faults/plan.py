@@ -51,8 +51,12 @@ class Board:
             finally:
                 os.close(made)
         self.descriptor = descriptor
-        self._map = mmap.mmap(descriptor, size)
-        weakref.finalize(self, os.close, descriptor)
+        try:
+            self._map = mmap.mmap(descriptor, size)
+            weakref.finalize(self, os.close, descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
         self._lock = threading.RLock()
         self._seen_changes = -1
         self._live: tuple[CountingFault, ...] = ()

@@ -19,9 +19,9 @@ from typing import Any
 
 from backends.faults.limits import declare_expendable
 from backends.process import begin_as_child
-from qualification.sweep.points import BEYOND, Point, parse
+from qualification.sweep.points import BEYOND, HOST, Point, parse
 from qualification.sweep.scenarios import SCENARIOS, Scenario
-from qualification.sweep.stage import Problem, Setting, Stage, is_running
+from qualification.sweep.stage import DRAIN_S, WITHOUT_MEMORY_S, Problem, Setting, Stage, is_running
 
 
 def main(argv: list[str]) -> int:
@@ -64,6 +64,7 @@ def _try(stage: Stage, scenario: Scenario, point: Point, fires: bool) -> dict[st
     before = stage.before()
     plan = (point if fires else Point(point.sweep, point.mode, BEYOND)).plan()
     control.prepare(plan, os.getpid())
+    stage.patience_s = WITHOUT_MEMORY_S if fires and point.persistent and point.sweep.target == HOST else DRAIN_S
     error = ""
     control.begin()
     try:
@@ -81,11 +82,15 @@ def _try(stage: Stage, scenario: Scenario, point: Point, fires: bool) -> dict[st
         scenario.lift()
     stage.closed_on_purpose = scenario.closes
     problems += stage.finish()
-    told = [event.kind for event in stage.require().events()][before.events :]
-    problems += stage.look(before, scenario.single)
-    scenario.after()
+    told: list[str] = []
     if not problems:
+        told = [event.kind for event in stage.require().events()][before.events :]
+        problems += stage.look(before, scenario.single)
+    if not problems:
+        scenario.after()
         problems += stage.clean_run()
+    if not problems and fires and point.sweep.target == HOST:
+        problems += scenario.check()
     held = {} if problems else stage.held()
     gone = bool(fired_process) and fired_process != os.getpid() and not is_running(fired_process)
     return {
@@ -115,8 +120,8 @@ def _recover(stage: Stage, folder: str, acknowledged: int, in_flight: int) -> li
     samples = getattr(stage.require(), "recovered", lambda: None)()
     if samples is not None:
         if not acknowledged <= len(samples) <= max(acknowledged, in_flight):
-            text = f"{acknowledged} samples were acknowledged, {in_flight} with the call in flight: {len(samples)} are kept"
-            return [("samples_lost", text)]
+            known = f"{acknowledged} samples were acknowledged, {in_flight} with the call in flight"
+            return [("samples_lost", f"{known}: {len(samples)} are kept")]
         stage.accepted = len(samples)
     # Up to the next whole block: the answers are cut where they are in the undisturbed run.
     stage.wanted = -(-stage.accepted // stage.block_samples) * stage.block_samples

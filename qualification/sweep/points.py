@@ -1,4 +1,4 @@
-"""What is swept: a *sweep* is a scenario and whose allocations fail in it, a *point* one of them, once or from there on.
+"""What is swept: a *sweep* is a scenario and whose allocations fail in it, a *point* one of them.
 
 A point has a name, ``inference/runtime/transient/117``: a failure's command repeats it by that.
 """

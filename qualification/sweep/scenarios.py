@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from backends.contract import Allocation, ArmedFault, FaultPlan, Site
 from qualification.observe import counts
 from qualification.subject import STRATEGIES
-from qualification.sweep.stage import DRAIN_S, Stage
+from qualification.sweep.stage import Problem, Stage
 
 #: Nothing is asked of the runtime but what the scenario has it do: its requests repeat.
 _QUIET = {
@@ -82,6 +82,22 @@ class Scenario(abc.ABC):
     def after(self) -> None:  # noqa: B027  # most have nothing to do then
         """Bring the subject back to where the next point begins, once everything was answered."""
 
+    def check(self) -> list[Problem]:
+        """Look for what only this policy can show: whether memory is still watched, where it is watched closely."""
+        stage = self.stage
+        if self.policy["pressure_interval_s"] > _TOLD_WITHIN_S or stage.require().device() != stage.device:
+            return []
+        before = counts(stage.require())["pressure_critical"]
+        ballast = _taken(stage, Pressure.share)
+        told = _wait(lambda: counts(stage.require())["pressure_critical"] > before, _TOLD_WITHIN_S)
+        before = counts(stage.require())["pressure_normal"]
+        ballast.free()
+        _wait(lambda: counts(stage.require())["pressure_normal"] > before, _TOLD_WITHIN_S)
+        share = f"{Pressure.share:.0%} of the device's memory is in use"
+        return (
+            [] if told else [("untold", f"{share} after the fault, and nobody is told: memory is not watched any more")]
+        )
+
 
 class Feed(Scenario):
     """Audio comes in; it is too little for an answer."""
@@ -108,7 +124,7 @@ class Inference(Scenario):
     def act(self) -> None:
         """Do what is swept."""
         self.stage.feed()
-        self.stage.require().drain(DRAIN_S)
+        self.stage.require().drain(self.stage.patience_s)
 
 
 class CacheClear(Inference):
@@ -161,9 +177,7 @@ class Pressure(Scenario):
 
     def take(self) -> None:
         """Have others take so much that this share is in use."""
-        backend = self.stage.backend
-        taken = int(self.share * self.stage.setting.device_limit_bytes) - backend.memory().used_bytes
-        self._ballast = backend.allocate(taken)
+        self._ballast = _taken(self.stage, self.share)
 
     def ready(self) -> None:
         """Bring about the moment before."""
@@ -208,7 +222,7 @@ class ReturnToDevice(Pressure):
         ballast, self._ballast = self._ballast, None
         if ballast is not None:
             ballast.free()
-        _wait(lambda: self.stage.require().device() == self.stage.device, _SOON_S)
+        _wait(lambda: self.stage.require().device() == self.stage.device, min(_SOON_S, self.stage.patience_s))
 
 
 class EmergencyShutdown(Inference):
@@ -226,7 +240,7 @@ class Toggle(Scenario):
         subject = self.stage.require()
         self.stage.feed()
         subject.toggle()
-        subject.drain(DRAIN_S)
+        subject.drain(self.stage.patience_s)
         subject.toggle()
 
     def lift(self) -> None:
@@ -250,7 +264,7 @@ class Start(Scenario):
         stage = self.stage
         stage.open()
         stage.feed()
-        stage.require().drain(DRAIN_S)
+        stage.require().drain(stage.patience_s)
 
 
 class Resume(Start):
@@ -301,6 +315,11 @@ class Shutdown(Scenario):
         """Give back what it held."""
         stage = self.stage
         stage.wanted = stage.block_samples
+
+
+def _taken(stage: Stage, share: float) -> Allocation:
+    used_bytes = stage.backend.memory().used_bytes
+    return stage.backend.allocate(int(share * stage.setting.device_limit_bytes) - used_bytes)
 
 
 def _wait(condition: Callable[[], bool], timeout_s: float) -> bool:

@@ -35,6 +35,8 @@ _POSITIONS, _BOARD = struct.Struct("<qq"), struct.Struct("<qq4096s")
 #: After so many points a subject begins a new recording: reading it back takes time in proportion to its length.
 RECORDING_POINTS = 25
 DRAIN_S = 20.0
+#: A subject's own process that is refused everything can only wait: so long, and then there is memory again.
+WITHOUT_MEMORY_S = 0.3
 #: A subject that stopped is opened again, and this often; nothing fails any more then.
 _MOST_REOPENED = 2
 #: More than any bounded recovery tells of, or tries.
@@ -120,6 +122,8 @@ class Stage:
         self.folder = Path()
         self.accepted = self.wanted = 0
         self._points = 0
+        #: How long the subject is waited for while a fault is armed.
+        self.patience_s = DRAIN_S
         #: Syncs are missing after these feeds.
         self.not_durable: list[str] = []
         self.device = ""

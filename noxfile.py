@@ -42,20 +42,38 @@ nox.options.default_venv_backend = "virtualenv"
 
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 CONSTRAINTS = ROOT / "constraints"
-QUALIFICATION = ("tests/test_memory_protection.py", "tests/test_oom_recovery.py")
+SWEEP = "tests/test_fault_sweep.py"
+QUALIFICATION = ("tests/test_memory_protection.py", "tests/test_oom_recovery.py", SWEEP)
 BACKENDS = declared()
 ENVIRONMENTS = tuple(sorted({environment for backend in BACKENDS for environment in backend.environments}))
 #: What the sessions that need no cell install: pinned like an environment.
 DEVELOPMENT = "dev"
-SELECT_QUICK = "not slow"
-#: What the sessions over an environment ask of its cells, by the session of the cell. They come before it: it is queued
-#: by them. Quick and full tests share a cell's virtual environment in this way, and so do not install it twice.
-PLANNED: dict[str, list[tuple[bool, list[str]]]] = {}
+#: What is selected of it, by kind of session. The whole sweep has sessions of its own.
+SELECTED = {"memory-quick": "not slow", "memory-soak": "not (sweep and slow)", "memory-sweep": "sweep and slow"}
+QUICK = "memory-quick"
+#: What the sessions over an environment ask of its cells, by the session of the cell: which kind of session, and the
+#: arguments for pytest. They come before it: it is queued by them. Quick, full and sweeping runs share a cell's virtual
+#: environment in this way, and so do not install it twice.
+PLANNED: dict[str, list[tuple[str, list[str]]]] = {}
 FINISHED: set[str] = set()
 #: What PyTorch's CUDA build requires, and its CPU build does not.
 ONLY_CUDA = ("cuda-", "nvidia-", "triton")
 #: Options whose value may be a path, and is no selection of tests.
-VALUED = ("--audio", "--backend", "--criteria", "--model", "--results", "--subject", "-c", "-k", "-m", "-o", "-p")
+VALUED = (
+    "--audio",
+    "--backend",
+    "--criteria",
+    "--model",
+    "--point",
+    "--results",
+    "--shard",
+    "--subject",
+    "-c",
+    "-k",
+    "-m",
+    "-o",
+    "-p",
+)
 CELL_GROUPS = ("qualification", "optional")
 DEVELOPMENT_GROUPS = ("tests", "lint")
 
@@ -175,7 +193,7 @@ def take_option(arguments: Sequence[str], option: str) -> tuple[str, list[str]]:
     return value, rest
 
 
-def plan(session: nox.Session, found: Sequence[machine.Cell], quick: bool) -> None:
+def plan(session: nox.Session, found: Sequence[machine.Cell], kind: str) -> None:
     """Queue the cells that can run here, or the one of ``--backend``, and say why the others are not run."""
     asked, arguments = take_option(session.posargs, "--backend")
     if not asked and any(argument.split("=")[0] == "--backend" for argument in session.posargs):
@@ -193,8 +211,8 @@ def plan(session: nox.Session, found: Sequence[machine.Cell], quick: bool) -> No
             session.error(
                 f"{name} has run already, and a session runs once: name it after {session.name}, or not at all"
             )
-        elif (quick, arguments) not in PLANNED.setdefault(name, []):
-            PLANNED[name].append((quick, arguments))
+        elif (kind, arguments) not in PLANNED.setdefault(name, []):
+            PLANNED[name].append((kind, arguments))
             session.log(f"queued: {name}")
             session.notify(name)
     if all(cell.obstacle for cell in chosen):
@@ -214,15 +232,14 @@ def run_cell(session: nox.Session, backend: Declared, environment: str) -> None:
     install(session, environment, sorted({*cell.needs.dependencies, *groups(*CELL_GROUPS)}), [cell.needs])
 
     failed = False
-    for quick, arguments in PLANNED.get(session.name) or [(True, own)]:
-        files = () if selects_tests(arguments) else QUALIFICATION
+    for kind, arguments in PLANNED.get(session.name) or [(QUICK, own)]:
+        files = () if selects_tests(arguments) else (SWEEP,) if kind == "memory-sweep" else QUALIFICATION
         marks, rest = take_option(arguments, "-m")
-        if quick:
-            marks = f"({marks}) and {SELECT_QUICK}" if marks else SELECT_QUICK
+        marks = f"({marks}) and {SELECTED[kind]}" if marks else SELECTED[kind]
         try:
             session.run(
                 *("python", "-m", "pytest", "-c", "pytest_memory.ini", *files, "-v"),
-                *(("-m", marks) if marks else ()),
+                *("-m", marks),
                 *(*rest, "--backend", backend.name),
                 env={"PLIMSOLL_ENVIRONMENT": environment},
             )
@@ -232,14 +249,17 @@ def run_cell(session: nox.Session, backend: Declared, environment: str) -> None:
         session.error(f"not qualified: {backend.name} in {environment}")
 
 
-def add_environment(environment: str, quick: bool) -> None:
+def add_environment(environment: str, kind: str) -> None:
     """Define one session over an environment's backends."""
 
     def run(session: nox.Session) -> None:
-        plan(session, [cell for cell in machine.cells() if cell.environment == environment], quick)
+        plan(session, [cell for cell in machine.cells() if cell.environment == environment], kind)
 
-    kind = "memory-quick" if quick else "memory-soak"
-    tests = "quick tests only" if quick else "the one-hour tests included"
+    tests = {
+        "memory-quick": "quick tests only",
+        "memory-soak": "the one-hour tests included",
+        "memory-sweep": "every single allocation refused in turn",
+    }[kind]
     names = ", ".join(backend.name for backend in backends_of(environment))
     run.__doc__ = f"Qualify the {environment} environment, {tests}. Backends: {names}."
     nox.session(name=f"{kind}-{environment}", python=False, tags=[kind, environment])(run)
@@ -261,12 +281,12 @@ def memory_quick(session: nox.Session) -> None:
     """Qualify every cell that this machine can host, quick tests only. Arguments after -- go to pytest."""
     found = machine.cells()
     print(machine.table(found), flush=True)
-    plan(session, found, quick=True)
+    plan(session, found, QUICK)
 
 
 for name in ENVIRONMENTS:
-    add_environment(name, quick=True)
-    add_environment(name, quick=False)
+    for kind in SELECTED:
+        add_environment(name, kind)
 for name in ENVIRONMENTS:
     for each in backends_of(name):
         add_cell(each, name)

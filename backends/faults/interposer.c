@@ -79,6 +79,9 @@ extern void *__libc_malloc(size_t);
 extern void *__libc_calloc(size_t, size_t);
 extern void *__libc_realloc(void *, size_t);
 extern void *__libc_memalign(size_t, size_t);
+extern void __libc_free(void *);
+/* Newer ones refuse odd alignments. It has no such name. */
+static void *(*libc_aligned_alloc)(size_t, size_t) = __libc_memalign;
 
 static struct control nothing;
 static struct control *control = &nothing;
@@ -95,58 +98,81 @@ static int32_t current_thread(void) {
 
 static int is_main_thread(void) { return current_thread() == getpid(); }
 
-/* Take a place in the table; that of a process that is gone serves. */
-static void enter(void) {
-    int32_t mine = getpid();
-    thread_id = 0;
-    self = &nobody;
-    if (control == &nothing)
-        return;
+/* Find a place in the table: the one from before an exec, or one of nobody, or of a process that is gone. */
+static struct process *place_of(int32_t mine) {
+    for (int i = 0; i < PROCESSES; i++)
+        if (atomic_load(&control->processes[i].id) == mine)
+            return &control->processes[i];
     for (int i = 0; i < PROCESSES; i++) {
         struct process *each = &control->processes[i];
         int32_t theirs = atomic_load(&each->id);
         if (theirs && !(kill(theirs, 0) && errno == ESRCH))
             continue;
-        if (atomic_compare_exchange_strong(&each->id, &theirs, mine)) {
-            atomic_store(&each->reported, 0);
-            atomic_store(&each->heap_bytes, 0);
-            atomic_store(&each->sequence, 0);
-            atomic_store(&each->syncs, 0);
-            atomic_store(&each->main_wrote, 0);
-            atomic_store(&each->main_synced, 0);
-            self = each;
-            return;
-        }
+        if (atomic_compare_exchange_strong(&each->id, &theirs, mine))
+            return each;
     }
+    return &nobody;
+}
+
+static void enter(void) {
+    thread_id = 0;
+    struct process *place = control == &nothing ? &nobody : place_of(getpid());
+    if (place != &nobody) {
+        atomic_store(&place->reported, 0);
+        atomic_store(&place->heap_bytes, 0);
+        atomic_store(&place->sequence, 0);
+        atomic_store(&place->syncs, 0);
+        atomic_store(&place->main_wrote, 0);
+        atomic_store(&place->main_synced, 0);
+    }
+    self = place;
+}
+
+/* Not getenv and its like: a program may have its own (bash does), and memory is not needed. */
+static char **variable(const char *name) {
+    size_t length = strlen(name);
+    for (char **each = environ; each && *each; each++)
+        if (!strncmp(*each, name, length) && (*each)[length] == '=')
+            return each;
+    return NULL;
+}
+
+static char *value_of(char **variable) { return variable ? strchr(*variable, '=') + 1 : NULL; }
+
+static void take_out(char **variable) {
+    for (; variable && *variable; variable++)
+        variable[0] = variable[1];
 }
 
 /* Have what this process starts know nothing of the run. */
 static void leave_environment(void) {
     Dl_info own;
-    const char *all = getenv("LD_PRELOAD");
-    unsetenv("PLIMSOLL_INTERPOSER");
+    take_out(variable("PLIMSOLL_INTERPOSER"));
+    char **preload = variable("LD_PRELOAD"), *all = value_of(preload), *kept = all;
     if (!all || !dladdr((void *)leave_environment, &own))
         return;
-    char *rest = strdup(all), *kept = calloc(1, strlen(all) + 1), *state = NULL;
-    if (rest && kept)
-        for (char *each = strtok_r(rest, ": ", &state); each; each = strtok_r(NULL, ": ", &state))
-            if (strcmp(each, own.dli_fname)) {
-                if (*kept)
-                    strcat(kept, ":");
-                strcat(kept, each);
-            }
-    if (kept && *kept)
-        setenv("LD_PRELOAD", kept, 1);
-    else
-        unsetenv("LD_PRELOAD");
-    free(rest);
-    free(kept);
+    for (char *each = all, *next; *each; each = next) {
+        size_t length = strcspn(each, ": ");
+        next = each + length + (each[length] != 0);
+        if (!length || (length == strlen(own.dli_fname) && !memcmp(each, own.dli_fname, length)))
+            continue;
+        if (kept != all)
+            *kept++ = ':';
+        memmove(kept, each, length);
+        kept += length;
+    }
+    *kept = 0;
+    if (kept == all)
+        take_out(preload);
 }
 
 __attribute__((constructor)) static void begin(void) {
     struct stat its;
     void *frame[1];
-    const char *path = getenv("PLIMSOLL_INTERPOSER");
+    const char *path = value_of(variable("PLIMSOLL_INTERPOSER"));
+    void *aligned = dlvsym(RTLD_NEXT, "aligned_alloc", "GLIBC_2.16");
+    if (aligned)
+        libc_aligned_alloc = (void *(*)(size_t, size_t))aligned;
     int descriptor = path ? open(path, O_RDWR | O_CLOEXEC) : -1;
     if (descriptor < 0)
         return;
@@ -219,18 +245,16 @@ static int is_meant(void) {
 static int is_over(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    if (now.tv_sec * 1000000000LL + now.tv_nsec < control->deadline_ns)
-        return 0;
-    atomic_fetch_and(&control->wake, ~(uint32_t)ARMED);
-    return 1;
+    return now.tv_sec * 1000000000LL + now.tv_nsec >= control->deadline_ns;
 }
 
 static void report(void) {
     uint32_t wanted = atomic_load(&control->report);
-    if (self == &nobody || atomic_exchange(&self->reported, wanted) == wanted)
+    if (self == &nobody || atomic_load(&self->reported) == wanted)
         return;
     struct mallinfo2 heap = mallinfo2();
     atomic_store(&self->heap_bytes, heap.uordblks + heap.hblkhd);
+    atomic_store(&self->reported, wanted);
 }
 
 static int strike(uint64_t site, size_t bytes) {
@@ -287,12 +311,15 @@ void *realloc(void *old, size_t bytes) {
     return bytes && refused(HEAP, bytes) ? NULL : __libc_realloc(old, bytes);
 }
 
+/* Never refused. Here so that what is given comes back, also where a program is linked to another allocator. */
+void free(void *old) { __libc_free(old); }
+
 void *memalign(size_t alignment, size_t bytes) {
     return refused(HEAP, bytes) ? NULL : __libc_memalign(alignment, bytes);
 }
 
 void *aligned_alloc(size_t alignment, size_t bytes) {
-    return refused(HEAP, bytes) ? NULL : __libc_memalign(alignment, bytes);
+    return refused(HEAP, bytes) ? NULL : libc_aligned_alloc(alignment, bytes);
 }
 
 int posix_memalign(void **given, size_t alignment, size_t bytes) {
@@ -300,10 +327,7 @@ int posix_memalign(void **given, size_t alignment, size_t bytes) {
         return EINVAL;
     if (refused(HEAP, bytes))
         return ENOMEM;
-    int kept = errno;
     void *made = __libc_memalign(alignment, bytes);
-    /* It returns its error, and leaves this one alone. */
-    errno = kept;
     if (!made)
         return ENOMEM;
     *given = made;
@@ -323,7 +347,7 @@ void *mmap64(void *where, size_t bytes, int protection, int flags, int descripto
 void *mremap(void *old, size_t old_bytes, size_t bytes, int flags, ...) {
     va_list more;
     va_start(more, flags);
-    void *where = flags & MREMAP_FIXED ? va_arg(more, void *) : NULL;
+    void *where = flags & ~MREMAP_MAYMOVE ? va_arg(more, void *) : NULL;
     va_end(more);
     /* Less is always to be had. */
     if (bytes > old_bytes && refused(MAP, bytes))
@@ -333,8 +357,10 @@ void *mremap(void *old, size_t old_bytes, size_t bytes, int flags, ...) {
 
 /* What makes data durable. */
 
-static ssize_t wrote(ssize_t bytes) {
-    if (bytes > 0 && self != &nobody) {
+static ssize_t wrote(int descriptor, ssize_t bytes) {
+    struct stat its;
+    /* Not what goes to a pipe, a socket or a terminal: no sync makes that durable. */
+    if (bytes > 0 && self != &nobody && !fstat(descriptor, &its) && S_ISREG(its.st_mode)) {
         uint64_t place = atomic_fetch_add(&self->sequence, 1) + 1;
         if (is_main_thread())
             atomic_store(&self->main_wrote, place);
@@ -353,15 +379,15 @@ static int synced(int failed) {
 }
 
 ssize_t write(int descriptor, const void *data, size_t bytes) {
-    return wrote(syscall(SYS_write, descriptor, data, bytes));
+    return wrote(descriptor, syscall(SYS_write, descriptor, data, bytes));
 }
 
 ssize_t pwrite(int descriptor, const void *data, size_t bytes, off_t offset) {
-    return wrote(syscall(SYS_pwrite64, descriptor, data, bytes, offset));
+    return wrote(descriptor, syscall(SYS_pwrite64, descriptor, data, bytes, offset));
 }
 
 ssize_t pwrite64(int descriptor, const void *data, size_t bytes, off64_t offset) {
-    return wrote(syscall(SYS_pwrite64, descriptor, data, bytes, offset));
+    return wrote(descriptor, syscall(SYS_pwrite64, descriptor, data, bytes, offset));
 }
 
 int fsync(int descriptor) { return synced((int)syscall(SYS_fsync, descriptor)); }
@@ -391,17 +417,24 @@ static void *runtime(const char *name) {
     return library ? dlsym(library, name) : NULL;
 }
 
-#define CUDA(name, site, bytes, error, declared, given)                                                               \
+/* As the runtime has it: what was refused in this thread and not asked for yet. */
+static __thread int last_error __attribute__((tls_model("initial-exec")));
+
+#define CUDA(name, refuses, declared, given)                                                                          \
     int name declared {                                                                                               \
         static _Atomic(void *) found;                                                                                 \
-        if (refused(site, bytes))                                                                                     \
-            return error;                                                                                             \
+        refuses;                                                                                                      \
         if (!atomic_load(&found))                                                                                     \
             atomic_store(&found, runtime(#name));                                                                     \
         int(*real) declared = (int(*) declared)atomic_load(&found);                                                   \
         return real ? real given : CUDA_INITIALIZATION_ERROR;                                                         \
     }
-#define CUDA_MEMORY(name, declared, given) CUDA(name, DEVICE, bytes, CUDA_OUT_OF_MEMORY, declared, given)
+#define REFUSE(site, bytes, error)                                                                                    \
+    if (refused(site, bytes))                                                                                         \
+    return last_error = error
+#define CUDA_MEMORY(name, declared, given) CUDA(name, REFUSE(DEVICE, bytes, CUDA_OUT_OF_MEMORY), declared, given)
+/* A launch asks for no bytes: what a plan's min_bytes says does not matter. */
+#define CUDA_LAUNCH(name, declared, given) CUDA(name, REFUSE(LAUNCH, SIZE_MAX, CUDA_LAUNCH_FAILURE), declared, given)
 
 CUDA_MEMORY(cudaMalloc, (void **made, size_t bytes), (made, bytes))
 CUDA_MEMORY(cudaMallocAsync, (void **made, size_t bytes, void *stream), (made, bytes, stream))
@@ -409,9 +442,17 @@ CUDA_MEMORY(cudaMallocFromPoolAsync, (void **made, size_t bytes, void *pool, voi
 CUDA_MEMORY(cudaMallocHost, (void **made, size_t bytes), (made, bytes))
 CUDA_MEMORY(cudaHostAlloc, (void **made, size_t bytes, unsigned flags), (made, bytes, flags))
 
-/* A launch asks for no bytes: what a plan's min_bytes says does not matter. */
-CUDA(cudaLaunchKernel, LAUNCH, SIZE_MAX, CUDA_LAUNCH_FAILURE,
-     (const void *kernel, struct dim3 grid, struct dim3 block, void **arguments, size_t shared_bytes, void *stream),
-     (kernel, grid, block, arguments, shared_bytes, stream))
-CUDA(cudaLaunchKernelExC, LAUNCH, SIZE_MAX, CUDA_LAUNCH_FAILURE,
-     (const void *configuration, const void *kernel, void **arguments), (configuration, kernel, arguments))
+CUDA_LAUNCH(cudaLaunchKernel,
+            (const void *kernel, struct dim3 grid, struct dim3 block, void **arguments, size_t shared, void *stream),
+            (kernel, grid, block, arguments, shared, stream))
+CUDA_LAUNCH(cudaLaunchKernelExC, (const void *configuration, const void *kernel, void **arguments),
+            (configuration, kernel, arguments))
+
+/* What kernel<<<...>>> returns is lost: whoever launches that way asks here. */
+static int taken_error(void) {
+    int taken = last_error;
+    last_error = 0;
+    return taken;
+}
+CUDA(cudaPeekAtLastError, if (last_error) return last_error, (void), ())
+CUDA(cudaGetLastError, if (last_error) return taken_error(), (void), ())

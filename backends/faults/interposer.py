@@ -79,7 +79,7 @@ def library() -> Path:
         )
     compiler = _compiler()
     digest = hashlib.sha256(SOURCE.read_bytes() + compiler.encode()).hexdigest()[:16]
-    folder = _private(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "plimsoll")
+    folder = _private(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "plimsoll")
     compiled = folder / f"interposer-{digest}.so"
     if not compiled.is_file():
         _compile(compiler, compiled)
@@ -112,6 +112,8 @@ def _compiler() -> str:
 def _private(folder: Path) -> Path:
     """Make the folder, for this user alone: what is in it is loaded into processes."""
     try:
+        if set(str(folder)) & set(": "):
+            raise OSError("LD_PRELOAD takes no path with a space or a colon")
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
@@ -207,7 +209,11 @@ class Control:
         fires is refused everything from there on, and no other. Raises ValueError for another plan.
         """
         name, mode = (plan.thread or "").removeprefix("!"), _ANY_THREAD
-        if plan.thread:
+        if plan.input_above is not None:
+            raise ValueError(f"input_above is {plan.input_above}: expected None, since an allocation has no input")
+        if plan.thread is not None:
+            if not name:
+                raise ValueError(f'thread is {plan.thread!r}: expected "main", a name, one of them after "!", or None')
             other = plan.thread.startswith("!")
             mode = (
                 (_OTHER_THREADS if other else _MAIN_THREAD)
@@ -264,7 +270,7 @@ class Control:
         """Give what each process reported since ``ask_for_heaps``: the bytes in use of its heap, by process id."""
         (wanted,) = _INT.unpack_from(self._map, _REPORT_AT)
         found = (_PROCESS.unpack_from(self._map, self._at(place)) for place in range(_PROCESSES))
-        return {process: heap for process, reported, heap, *_ in found if process and reported == wanted}
+        return {process: heap for process, reported, heap, *_ in found if process and reported == wanted > 0}
 
     def durability(self, process: int) -> Durability:
         """Give how often a process made its writes durable. Raises BackendError for one that is not under it."""
@@ -358,6 +364,6 @@ def _process(plan: FaultPlan, host: int | None) -> int:
             return 0
         case "host" | "runtime" if host is not None:
             return host if plan.process == "host" else -host
-        case str(text) if text.isdigit() and int(text) > 0:
+        case str(text) if text.isdecimal() and 0 < int(text) < 1 << 31:
             return int(text)
     raise ValueError(f'process is {plan.process!r}: expected "host" or "runtime" (with a host), a process id, or None')

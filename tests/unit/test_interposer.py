@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import importlib.util
 import json
 import os
 import re
@@ -430,7 +431,10 @@ def test_the_only_thread_of_a_fork_is_its_main_thread(start: Start, control: Con
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"site": Site.HOST_MEMORY}, "does not reach host_memory: expected one of device_allocation, device_launch, host"),
+        (
+            {"site": Site.HOST_MEMORY},
+            "does not reach host_memory: expected one of device_allocation, device_launch, host",
+        ),
         ({"process": "worker"}, "process is 'worker': expected"),
         ({"process": "0"}, "process is '0': expected"),
         ({"process": str(1 << 40)}, f"process is '{1 << 40}': expected"),
@@ -690,9 +694,10 @@ def test_both_sides_have_the_same_layout(tmp_path: Path) -> None:
         *("process.id", "process.reported", "process.heap_bytes", "process.sequence", "process.syncs"),
         *("process.main_wrote", "process.main_synced"),
     ]
-    prints = "".join(
-        f'printf("{name} %zu\\n", offsetof(struct {name.replace(".", ", ")}));' for name in names
-    ) + 'printf("control %zu\\nprocess %zu\\nframe %d\\n", sizeof(struct control), sizeof(struct process), FRAME_BYTES);'
+    prints = (
+        "".join(f'printf("{name} %zu\\n", offsetof(struct {name.replace(".", ", ")}));' for name in names)
+        + 'printf("control %zu\\nprocess %zu\\nframe %d\\n", sizeof(struct control), sizeof(struct process), FRAME_BYTES);'
+    )
     source = f'#include "{interposer.SOURCE}"\n#include <stdio.h>\nint main(void) {{ {prints} return 0; }}'
     program = compiled(tmp_path, "layout", source, "-ldl")
     found = dict(line.split() for line in subprocess.check_output([program], text=True).splitlines())
@@ -743,7 +748,9 @@ def test_the_call_site_names_the_library_and_the_function(tmp_path: Path) -> Non
 
 
 def test_the_heap_is_reported_when_it_is_asked_for(start: Start, control: Control) -> None:
-    running = start("malloc:1", "wait", "malloc:1", "wait", "hold:100:1000", "hold:1:1000000", "wait", "malloc:1", "wait")
+    running = start(
+        "malloc:1", "wait", "malloc:1", "wait", "hold:100:1000", "hold:1:1000000", "wait", "malloc:1", "wait"
+    )
     assert control.heaps_bytes() == {}
     heaps = []
     for _ in range(2):
@@ -971,3 +978,180 @@ def test_onnx_runtime_survives_a_refused_allocation(tmp_path: Path) -> None:
     assert len(raised) + absorbed == nth - 1 > 0
     assert raised, "nothing that was refused was noticed"
     assert not [error for is_oom, error in raised if not is_oom]
+
+
+# NVIDIA's own CUDA runtime: it loads without a driver, and says so when it is asked for anything.
+
+#: The library's calls as its header has them, each with what a program without a kernel of its own can give it.
+EXTENSION = r"""
+#include <stddef.h>
+#include <stdio.h>
+#include <string.h>
+struct dim3 { unsigned x, y, z; };
+extern int cudaMalloc(void **, size_t);
+extern int cudaMallocAsync(void **, size_t, void *);
+extern int cudaMallocFromPoolAsync(void **, size_t, void *, void *);
+extern int cudaMallocHost(void **, size_t);
+extern int cudaHostAlloc(void **, size_t, unsigned);
+extern int cudaLaunchKernel(const void *, struct dim3, struct dim3, void **, size_t, void *);
+extern int cudaLaunchKernelExC(const void *, const void *, void **);
+extern int cudaPeekAtLastError(void);
+extern int cudaGetLastError(void);
+extern const char *cudaGetErrorName(int);
+
+/* What the compiler makes of kernel<<<...>>>: the launch's own answer is lost. */
+static void launches(void) {
+    struct dim3 one = {1, 1, 1};
+    cudaLaunchKernel((const void *)launches, one, one, NULL, 0, NULL);
+}
+
+int call(const char *name) {
+    void *made;
+    char configuration[256] = {0};
+    struct dim3 one = {1, 1, 1};
+    if (!strcmp(name, "cudaMalloc"))
+        return cudaMalloc(&made, 1 << 20);
+    if (!strcmp(name, "cudaMallocAsync"))
+        return cudaMallocAsync(&made, 1 << 20, NULL);
+    if (!strcmp(name, "cudaMallocFromPoolAsync"))
+        return cudaMallocFromPoolAsync(&made, 1 << 20, NULL, NULL);
+    if (!strcmp(name, "cudaMallocHost"))
+        return cudaMallocHost(&made, 1 << 20);
+    if (!strcmp(name, "cudaHostAlloc"))
+        return cudaHostAlloc(&made, 1 << 20, 0);
+    if (!strcmp(name, "cudaLaunchKernel"))
+        return cudaLaunchKernel((const void *)call, one, one, NULL, 0, NULL);
+    if (!strcmp(name, "cudaLaunchKernelExC"))
+        return cudaLaunchKernelExC(configuration, (const void *)call, NULL);
+    if (!strcmp(name, "cudaPeekAtLastError"))
+        return cudaPeekAtLastError();
+    if (!strcmp(name, "cudaGetLastError"))
+        return cudaGetLastError();
+    if (!strcmp(name, "<<<>>>"))
+        launches();
+    return 0;
+}
+"""
+CALLS_IT = r"""
+#include <stdio.h>
+extern int call(const char *);
+int main(int count, char **given) {
+    for (int i = 1; i < count; i++)
+        printf("%d ", call(given[i]));
+    return 0;
+}
+"""
+OPENS_IT = r"""
+#include <dlfcn.h>
+#include <stdio.h>
+int main(int count, char **given) {
+    void *extension = dlopen(EXTENSION, RTLD_NOW | RTLD_LOCAL);
+    int (*call)(const char *) = (int (*)(const char *))dlsym(extension, "call");
+    for (int i = 1; i < count; i++)
+        printf("%d ", call(given[i]));
+    return 0;
+}
+"""
+PYTHON_OPENS_IT = """
+import ctypes, sys
+call = ctypes.CDLL(sys.argv[1]).call
+print(*(call(name.encode()) for name in sys.argv[2:]))
+"""
+MEMORY = ["cudaMalloc", "cudaMallocAsync", "cudaMallocFromPoolAsync", "cudaMallocHost", "cudaHostAlloc"]
+LAUNCHES = ["cudaLaunchKernel", "cudaLaunchKernelExC"]
+PEEK, GET = "cudaPeekAtLastError", "cudaGetLastError"
+NO_MEMORY, LAUNCH_FAILED = 2, 719
+
+
+def cuda_runtimes() -> list[Path]:
+    """Find NVIDIA's packages."""
+    found = importlib.util.find_spec("nvidia")
+    folders = [Path(each) for each in (found.submodule_search_locations or [])] if found else []
+    return sorted(path for folder in folders for path in folder.glob("*/lib/libcudart.so.*"))
+
+
+RUNTIMES = cuda_runtimes()
+NO_RUNTIME = pytest.mark.skip(reason="not run: none of NVIDIA's packages with the CUDA runtime is installed")
+
+
+@pytest.fixture(
+    scope="module",
+    params=RUNTIMES or [pytest.param(None, marks=NO_RUNTIME)],
+    ids=lambda path: path.name if path else "libcudart",
+)
+def runtime(request: pytest.FixtureRequest) -> Path:
+    return Path(request.param)
+
+
+@pytest.fixture(scope="module", params=["linked", "opened", "Python"])
+def caller(request: pytest.FixtureRequest, runtime: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str | Path]:
+    """Give the start of a command: a program that is linked to the runtime, or one that opens a library that is."""
+    folder = tmp_path_factory.mktemp("cuda")
+    links = (str(runtime), f"-Wl,-rpath,{runtime.parent}")
+    if request.param == "linked":
+        (folder / "extension.c").write_text(EXTENSION)
+        return [compiled(folder, "linked", CALLS_IT, str(folder / "extension.c"), *links)]
+    extension = compiled(folder, "extension.so", EXTENSION, "-shared", "-fPIC", *links)
+    if request.param == "opened":
+        return [compiled(folder, "opens", OPENS_IT, f'-DEXTENSION="{extension}"', "-ldl")]
+    return [sys.executable, "-c", PYTHON_OPENS_IT, extension]
+
+
+def codes(caller: list[str | Path], names: list[str], environment: Mapping[str, str]) -> list[int]:
+    done = subprocess.run([*caller, *names], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    return [int(code) for code in done.stdout.split()]
+
+
+@pytest.fixture
+def anyone(tmp_path: Path) -> Control:
+    return Control.create(tmp_path / "anyone", None)
+
+
+@pytest.mark.parametrize("state", ["not armed", "armed, and not reached"])
+def test_calls_go_through_to_the_runtime(caller: list[str | Path], anyone: Control, state: str) -> None:
+    if state != "not armed":
+        armed(anyone, plan(1 << 40, site=Site.DEVICE_ALLOCATION, min_bytes=1))
+    names = [each for name in [*MEMORY, *LAUNCHES, "<<<>>>"] for each in (name, PEEK, GET, GET)]
+    theirs = codes(caller, names, {})
+    assert codes(caller, names, anyone.environment({})) == theirs
+    # Without a driver no call of the runtime's succeeds, and none of its errors is the interposer's.
+    assert not {NO_MEMORY, LAUNCH_FAILED} & set(theirs)
+    if state != "not armed":
+        assert anyone.record().points_seen == len(MEMORY)
+
+
+@pytest.mark.parametrize("name", MEMORY)
+def test_a_request_for_device_memory_is_refused_once(caller: list[str | Path], anyone: Control, name: str) -> None:
+    theirs = codes(caller, [name, name, *LAUNCHES], {})
+    armed(anyone, plan(1, site=Site.DEVICE_ALLOCATION, min_bytes=1 << 20))
+    assert codes(caller, [name, name, *LAUNCHES], anyone.environment({})) == [NO_MEMORY, *theirs[1:]]
+    found = anyone.record()
+    assert (found.points_seen, found.faults_fired) == (2, 1) and f"{1 << 20} bytes" in found.detail
+    armed(anyone, plan(1, site=Site.DEVICE_ALLOCATION, min_bytes=(1 << 20) + 1))
+    assert codes(caller, [name], anyone.environment({})) == theirs[:1]
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_launch_is_refused_once(caller: list[str | Path], anyone: Control, name: str) -> None:
+    theirs = codes(caller, [name, name, *MEMORY], {})
+    armed(anyone, plan(1, site=Site.DEVICE_LAUNCH, min_bytes=1 << 40))
+    assert codes(caller, [name, name, *MEMORY], anyone.environment({})) == [LAUNCH_FAILED, *theirs[1:]]
+    found = anyone.record()
+    assert (found.points_seen, found.faults_fired) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "site", "code"),
+    [
+        # Without this a refused kernel<<<...>>> would be one that silently did not run.
+        ("<<<>>>", Site.DEVICE_LAUNCH, LAUNCH_FAILED),
+        ("cudaMalloc", Site.DEVICE_ALLOCATION, NO_MEMORY),
+    ],
+)
+def test_what_was_refused_is_the_last_error_until_it_is_asked_for(
+    caller: list[str | Path], anyone: Control, name: str, site: Site, code: int
+) -> None:
+    armed(anyone, plan(1, site=site, min_bytes=1))
+    found = codes(caller, [PEEK, name, PEEK, PEEK, GET, PEEK, GET], anyone.environment({}))
+    assert [*found[2:]] == [code, code, code, found[0], found[0]]

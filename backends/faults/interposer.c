@@ -258,7 +258,8 @@ static void report(void) {
 }
 
 static int strike(uint64_t site, size_t bytes) {
-    if (!(control->sites & site) || bytes < control->min_bytes || !is_meant() || is_over())
+    /* A launch asks for no bytes. */
+    if (!(control->sites & site) || (site != LAUNCH && bytes < control->min_bytes) || !is_meant() || is_over())
         return 0;
     int32_t mine = getpid(), bound = atomic_load(&control->bound);
     if (bound && bound != mine)
@@ -402,8 +403,9 @@ struct dim3 {
 
 static int is_cudart(struct dl_phdr_info *info, size_t size, void *found) {
     (void)size;
-    const char *name = strrchr(info->dlpi_name, '/');
-    if (strncmp(name ? name + 1 : info->dlpi_name, "libcudart.so", 12))
+    const char *slash = strrchr(info->dlpi_name, '/'), *name = slash ? slash + 1 : info->dlpi_name;
+    /* A wheel may have its own, with a digest in its name. */
+    if (strncmp(name, "libcudart.so", 12) && strncmp(name, "libcudart-", 10))
         return 0;
     *(const char **)found = info->dlpi_name;
     return 1;
@@ -433,8 +435,7 @@ static __thread int last_error __attribute__((tls_model("initial-exec")));
     if (refused(site, bytes))                                                                                         \
     return last_error = error
 #define CUDA_MEMORY(name, declared, given) CUDA(name, REFUSE(DEVICE, bytes, CUDA_OUT_OF_MEMORY), declared, given)
-/* A launch asks for no bytes: what a plan's min_bytes says does not matter. */
-#define CUDA_LAUNCH(name, declared, given) CUDA(name, REFUSE(LAUNCH, SIZE_MAX, CUDA_LAUNCH_FAILURE), declared, given)
+#define CUDA_LAUNCH(name, declared, given) CUDA(name, REFUSE(LAUNCH, 0, CUDA_LAUNCH_FAILURE), declared, given)
 
 CUDA_MEMORY(cudaMalloc, (void **made, size_t bytes), (made, bytes))
 CUDA_MEMORY(cudaMallocAsync, (void **made, size_t bytes, void *stream), (made, bytes, stream))

@@ -245,9 +245,10 @@ class Control:
         return FaultRecord(seen, fired, 0, Provenance.INTERPOSED if fired else None, self._told() if fired else "")
 
     def _told(self) -> str:
-        process, thread, _, size_bytes, _ = _FIRED.unpack_from(self._map, _FIRED_AT)
+        process, thread, site, size_bytes, _ = _FIRED.unpack_from(self._map, _FIRED_AT)
         where = "main thread" if process == thread else "another thread"
-        return f"{size_bytes} bytes for process {process}, {where}: {' < '.join(self.call_site()[:4])}"
+        what = "a launch of" if site == _LAUNCH else f"{size_bytes} bytes for"
+        return f"{what} process {process}, {where}: {' < '.join(self.call_site()[:4])}"
 
     def fired_process(self) -> int:
         """Give the process in which the first request was refused, or 0."""

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -445,7 +446,7 @@ def test_the_only_thread_of_a_fork_is_its_main_thread(start: Start, control: Con
 )
 def test_what_it_cannot_carry_out_is_refused(control: Control, given: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        control.prepare(plan(**given))
+        control.prepare(plan(**given))  # type: ignore[arg-type]
 
 
 # As the C library does it.
@@ -696,7 +697,8 @@ def test_both_sides_have_the_same_layout(tmp_path: Path) -> None:
     ]
     prints = (
         "".join(f'printf("{name} %zu\\n", offsetof(struct {name.replace(".", ", ")}));' for name in names)
-        + 'printf("control %zu\\nprocess %zu\\nframe %d\\n", sizeof(struct control), sizeof(struct process), FRAME_BYTES);'
+        + 'printf("control %zu\\nprocess %zu\\n", sizeof(struct control), sizeof(struct process));'
+        + 'printf("frame %d\\n", FRAME_BYTES);'
     )
     source = f'#include "{interposer.SOURCE}"\n#include <stdio.h>\nint main(void) {{ {prints} return 0; }}'
     program = compiled(tmp_path, "layout", source, "-ldl")
@@ -723,7 +725,7 @@ def test_both_sides_have_the_same_layout(tmp_path: Path) -> None:
     assert offsets(interposer._PROCESS, 0) == of("process", *process_fields)
     single = [interposer._WAKE_AT, interposer._BOUND_AT, interposer._REPORT_AT, interposer._FRAMES_AT]
     assert single == of("control", "wake", "bound", "report", "frame")
-    assert interposer._PROCESSES_AT == at["control.processes"]
+    assert at["control.processes"] == interposer._PROCESSES_AT
     sizes = (at["control"], at["process"], at["frame"])
     assert sizes == (interposer._SIZE, interposer._PROCESS.size, interposer._FRAME_BYTES)
 
@@ -837,7 +839,7 @@ def test_a_cache_folder_that_is_not_ours_is_refused(cache: Path, tmp_path: Path,
     else:
         cache.mkdir()
         os.chown(cache, 12345, 12345)
-    with pytest.raises(InterposerUnavailable, match="cannot be kept in .*XDG_CACHE_HOME"):
+    with pytest.raises(InterposerUnavailable, match=r"cannot be kept in .*XDG_CACHE_HOME"):
         interposer.library()
 
 
@@ -852,7 +854,7 @@ def test_a_folder_that_cannot_be_named_in_the_variable_is_refused(
 ) -> None:
     # LD_PRELOAD is split at spaces and colons; nothing would be loaded, and the process would run as if nothing were.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a cache"))
-    with pytest.raises(InterposerUnavailable, match="space or a colon.*XDG_CACHE_HOME"):
+    with pytest.raises(InterposerUnavailable, match=r"space or a colon.*XDG_CACHE_HOME"):
         interposer.library()
 
 
@@ -889,7 +891,7 @@ def test_several_may_compile_at_once(cache: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         made = set(pool.map(lambda _: in_python(program, os.environ), range(4)))
     assert made == {str(each) for each in cache.iterdir()} and len(made) == 1
-    assert ctypes.CDLL(made.pop())
+    ctypes.CDLL(made.pop())
 
 
 def test_it_compiles_without_a_warning(tmp_path: Path) -> None:
@@ -1070,7 +1072,7 @@ def cuda_runtimes() -> list[Path]:
     return sorted(path for folder in folders for path in folder.glob("*/lib/libcudart.so.*"))
 
 
-RUNTIMES = cuda_runtimes()
+RUNTIMES: list[Any] = cuda_runtimes()
 NO_RUNTIME = pytest.mark.skip(reason="not run: none of NVIDIA's packages with the CUDA runtime is installed")
 
 
@@ -1139,6 +1141,7 @@ def test_a_launch_is_refused_once(caller: list[str | Path], anyone: Control, nam
     assert codes(caller, [name, name, *MEMORY], anyone.environment({})) == [LAUNCH_FAILED, *theirs[1:]]
     found = anyone.record()
     assert (found.points_seen, found.faults_fired) == (2, 1)
+    assert found.detail.startswith("a launch of process ")
 
 
 @pytest.mark.parametrize(
@@ -1155,3 +1158,13 @@ def test_what_was_refused_is_the_last_error_until_it_is_asked_for(
     armed(anyone, plan(1, site=site, min_bytes=1))
     found = codes(caller, [PEEK, name, PEEK, PEEK, GET, PEEK, GET], anyone.environment({}))
     assert [*found[2:]] == [code, code, code, found[0], found[0]]
+
+
+def test_a_runtime_whose_name_has_a_digest_is_found_too(runtime: Path, anyone: Control, tmp_path: Path) -> None:
+    # As wheels have it that bring their own. The extension is content with it: its soname is the same.
+    own = tmp_path / runtime.name.replace("libcudart", "libcudart-0123abcd", 1)
+    shutil.copy(runtime, own)
+    extension = compiled(tmp_path, "extension.so", EXTENSION, "-shared", "-fPIC", str(runtime))
+    opens = f"import ctypes; ctypes.CDLL({str(own)!r})\n{PYTHON_OPENS_IT}"
+    command: list[str | Path] = [sys.executable, "-c", opens, extension]
+    assert codes(command, MEMORY, anyone.environment({})) == codes(command, MEMORY, {})

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -21,6 +22,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PAIRS = runpy.run_path(str(ROOT / "benchmarks" / "pairs.py"))
 Interval, Limit, Verdict = PAIRS["Interval"], PAIRS["Limit"], PAIRS["Verdict"]
 median_interval, in_turn, compare, table = (PAIRS[each] for each in ("median_interval", "in_turn", "compare", "table"))
+
+without_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("cc", "gcc", "clang"))), reason="not run: there is no C compiler"
+)
 
 
 # The interval of a median.
@@ -174,6 +179,11 @@ def test_what_cannot_be_measured_is_refused_at_once(arguments: tuple[str, ...], 
     assert done.returncode == 2 and message in done.stderr, done.stderr
 
 
+def test_the_interposers_cost_is_not_measured_with_few_pairs_either() -> None:
+    done = python("-m", "benchmarks.interposer_cost", "--pairs", "20")
+    assert done.returncode == 2 and "--pairs is 20: expected at least 100" in done.stderr, done.stderr
+
+
 def test_a_few_pairs_can_be_measured() -> None:
     # Too few for a verdict that means anything: this is that the benchmark still fits the pipeline.
     program = "from benchmarks.engine_cost import Plan, run\nrun('cpu', Plan(pairs=6, block_s=0.05))"
@@ -185,3 +195,52 @@ def test_a_few_pairs_can_be_measured() -> None:
         *["| worker engine: share of the throughput, N a call"] * 2,
         *["| ladder, metrics, pressure thread: cost, N a call"] * 2,
     ]
+
+
+@without_compiler
+def test_a_few_pairs_of_the_interposers_cost_can_be_measured() -> None:
+    program = (
+        "from benchmarks import interposer_cost as it\n"
+        "it.ALLOCATIONS = 20_000\n"
+        "it.run(['cpu'], it.Plan(pairs=6, block_s=0.02))"
+    )
+    done = python("-W", "error", "-c", program)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line.split(" | ")[0] for line in done.stdout.splitlines()] == [
+        "| malloc and free of 64 bytes, 20,000 times: added to each",
+        "| malloc and free of 4096 bytes, 20,000 times: added to each",
+        "| cpu: cost of a call of one chunk",
+    ]
+
+
+@pytest.mark.parametrize(("lower", "upper", "status"), [(1.02, 1.05, 1), (0.99, 1.05, 0), (0.99, 1.0, 0)])
+def test_only_an_interposer_that_certainly_costs_too_much_is_an_error(lower: float, upper: float, status: int) -> None:
+    # Half of the pairs at either bound: it is the interval's too.
+    program = (
+        "import sys, numpy as np\n"
+        "from benchmarks import interposer_cost as it\n"
+        "def measure(pairs):\n"
+        f"    return np.array([[1.0, {lower}], [1.0, {upper}]] * (pairs // 2))\n"
+        "row = it.compare('it', measure, it.cost, '', it.INFERENCE, 100)\n"
+        "it.run = lambda *_: [row]\n"
+        "sys.exit(it.main([]))"
+    )
+    done = python("-c", program)
+    assert done.returncode == status, done.stdout + done.stderr
+
+
+@without_compiler
+def test_a_process_that_is_not_under_the_interposer_is_not_measured() -> None:
+    program = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from benchmarks.interposer_cost import sides\n"
+        "command = [sys.executable, '-c', 'print(float(input()))']\n"
+        "with sides(command, Path('/bin/sh')) as (without, with_it):\n"
+        "    with without() as side:\n"
+        "        print(side.seconds('2'))\n"
+        "    with with_it() as side:\n"
+        "        side.seconds('2')"
+    )
+    done = python("-c", program)
+    assert done.stdout == "2.0\n" and "did not come under the interposer" in done.stderr, done.stdout + done.stderr

@@ -78,7 +78,9 @@ def library() -> Path:
             f"single allocations are refused on Linux x86-64 with glibc only, and this is {platform.platform()}"
         )
     compiler = _compiler()
-    digest = hashlib.sha256(SOURCE.read_bytes() + compiler.encode()).hexdigest()[:16]
+    # A home may be shared by machines: what was compiled for a newer C library does not load with an older one.
+    made_of = SOURCE.read_bytes() + repr((compiler, platform.libc_ver())).encode()
+    digest = hashlib.sha256(made_of).hexdigest()[:16]
     folder = _private(Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "plimsoll")
     compiled = folder / f"interposer-{digest}.so"
     if not compiled.is_file():

@@ -7,6 +7,7 @@ import errno
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -803,6 +804,26 @@ def test_writes_and_syncs_are_told_in_order(
     running.rest()
 
 
+@pytest.mark.parametrize(("synchronous", "durable"), [("full", True), ("off", False)])
+def test_it_tells_whether_sqlite_made_a_transaction_durable(tmp_path: Path, synchronous: str, durable: bool) -> None:
+    control = Control.create(tmp_path / "control")
+    program = f"""
+    import os, sqlite3
+    from backends.faults.interposer import Control
+    database = sqlite3.connect({str(tmp_path / "database")!r})
+    database.execute("pragma journal_mode = wal")
+    database.execute("pragma synchronous = {synchronous}")
+    database.execute("create table blocks (samples blob)")
+    for _ in range(10):
+        with database:
+            database.execute("insert into blocks values (zeroblob(1000))")
+        found = Control.attached().durability(os.getpid())
+        print(found.main_wrote > 0, found.main_synced > found.main_wrote)
+    """
+    told = in_python(program, {**os.environ, **control.environment({})})
+    assert told.split("\n") == [f"True {durable}"] * 10
+
+
 # Compiling it, and whom it is put under.
 
 
@@ -819,6 +840,15 @@ def test_it_is_compiled_once_into_a_folder_of_the_users_alone(cache: Path, monke
     assert (stat.S_IMODE(cache.stat().st_mode), stat.S_IMODE(made.stat().st_mode)) == (0o700, 0o500)
     monkeypatch.setattr(interposer, "_compile", lambda *_: pytest.fail("compiled anew"))
     assert interposer.library() == made
+
+
+def test_another_c_library_has_one_of_its_own(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = interposer.library()
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.28"))
+    assert interposer.library() != made
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    with pytest.raises(InterposerUnavailable, match="on Linux x86-64 with glibc only, and this is "):
+        interposer.library()
 
 
 def test_one_that_others_could_have_written_is_refused(cache: Path) -> None:
@@ -956,6 +986,12 @@ def test_onnx_runtime_survives_a_refused_allocation(tmp_path: Path) -> None:
     model = device.load(DEFAULT_MODEL)
     features = np.random.default_rng(1).standard_normal((4, ModelSpec().window_frames, 80)).astype(np.float32)
     expected = model.run(features)
+    seen = []
+    for _ in range(10):
+        fault = device.arm(FaultPlan(Site.HOST_ALLOCATION, nth=1 << 40, min_bytes=64))
+        model.run(features)
+        fault.disarm()
+        seen.append(fault.record().points_seen)
     raised, absorbed, wrong = [], 0, []
     for nth in range(1, 400):
         fault = device.arm(FaultPlan(Site.HOST_ALLOCATION, nth=nth, min_bytes=4096))
@@ -973,10 +1009,11 @@ def test_onnx_runtime_survives_a_refused_allocation(tmp_path: Path) -> None:
             break
         if not np.array_equal(model.run(features), expected):
             wrong.append(f"{nth}: another result afterwards")
-    print(json.dumps([raised, absorbed - 1, wrong, nth]))
+    print(json.dumps([seen, raised, absorbed - 1, wrong, nth]))
     """
-    raised, absorbed, wrong, nth = json.loads(in_python(program, {**os.environ, **control.environment({})}, 120))
+    seen, raised, absorbed, wrong, nth = json.loads(in_python(program, {**os.environ, **control.environment({})}, 120))
     assert not wrong
+    assert len(set(seen)) == 1 and seen[0] > nth, f"a run's points do not repeat: {seen}"
     assert len(raised) + absorbed == nth - 1 > 0
     assert raised, "nothing that was refused was noticed"
     assert not [error for is_oom, error in raised if not is_oom]

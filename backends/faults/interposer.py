@@ -168,7 +168,6 @@ class Control:
         if _HEAD.unpack_from(self._map, 0) != (_MAGIC, _VERSION):
             raise BackendError(f"{path} is no control file of this version of the interposer: make another")
         weakref.finalize(self, self._map.close)
-        self._plan: FaultPlan | None = None
 
     @classmethod
     def create(cls, path: Path, executable: Path | None = Path("/proc/self/exe")) -> Control:
@@ -231,7 +230,6 @@ class Control:
         _COUNTS.pack_into(self._map, _COUNTS_AT, 0, 0)
         _INT.pack_into(self._map, _BOUND_AT, 0)
         _FIRED.pack_into(self._map, _FIRED_AT, 0, 0, 0, 0, 0)
-        self._plan = plan
 
     def begin(self) -> None:
         """Arm what was prepared. Takes no memory."""

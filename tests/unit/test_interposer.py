@@ -278,9 +278,9 @@ def start(probe: Path, control: Control) -> Iterator[Start]:
         each._of.communicate()
 
 
-def did(start: Start, *words: str, ends_with: int = 0) -> list[str]:
+def did(start: Start, *words: str) -> list[str]:
     """Give what became of each request: made or refused."""
-    return [line.split()[1] for line in start(*words).rest(ends_with)]
+    return [line.split()[1] for line in start(*words).rest()]
 
 
 def armed(control: Control, what: FaultPlan, host: int | None = None) -> None:
@@ -340,7 +340,10 @@ def test_counts_repeat_and_are_those_since_prepare(start: Start, control: Contro
 
 def test_counts_survive_a_sigkill(start: Start, control: Control) -> None:
     armed(control, plan(2))
-    assert did(start, *REQUESTS[:3], "kill", ends_with=-signal.SIGKILL) == ["made", "made", "refused"]
+    assert control.fired_process() == 0
+    running = start(*REQUESTS[:3], "kill")
+    assert [line.split()[1] for line in running.rest(-signal.SIGKILL)] == ["made", "made", "refused"]
+    assert control.fired_process() == running.id
     found = control.record()
     assert (found.points_seen, found.faults_fired) == (2, 1) and " < " in found.detail
 
@@ -929,9 +932,13 @@ def test_it_compiles_without_a_warning(tmp_path: Path) -> None:
     compiled(tmp_path, "strict.so", interposer.SOURCE.read_text(), *options)
 
 
-def test_another_preloaded_library_is_refused(control: Control) -> None:
+def test_another_preloaded_library_is_refused(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InterposerUnavailable, match=r"LD_PRELOAD is /lib/libfast\.so already.*unset it"):
         control.environment({"LD_PRELOAD": "/lib/libfast.so"})
+    monkeypatch.setenv("LD_PRELOAD", "/lib/libfast.so")
+    assert "already" in str(interposer.refusal())
+    monkeypatch.delenv("LD_PRELOAD")
+    assert interposer.refusal() is None
     assert control.environment({"LD_PRELOAD": "", "HOME": "/home"}) == {
         "HOME": "/home",
         "LD_PRELOAD": str(LIBRARY),
@@ -965,6 +972,39 @@ def test_a_fault_is_armed_and_disarmed_from_inside(tmp_path: Path) -> None:
     """
     told = in_python(program, {**os.environ, **control.environment({})})
     assert told == "[True, False, True, False] 3 1 True 1"
+
+
+def test_what_a_thread_asks_for_uncounted_is_no_point_and_that_of_others_is(tmp_path: Path) -> None:
+    control = Control.create(tmp_path / "control")
+    program = """
+    import ctypes, threading
+    from backends.contract import FaultPlan, Site
+    from backends.faults import interposer
+
+    malloc = ctypes.CDLL(None).malloc
+    malloc.restype, malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    ask = lambda: given.append(malloc(1 << 30) is not None)
+    given = []
+    fault = interposer.arm(FaultPlan(Site.HOST_ALLOCATION, min_bytes=1 << 30))
+    with interposer.uncounted():
+        ask()
+        with interposer.uncounted():
+            ask()
+        ask()
+        other = threading.Thread(target=ask)
+        other.start()
+        other.join()
+    ask()
+    fault.disarm()
+    print(given, fault.record().points_seen)
+    """
+    told = in_python(program, {**os.environ, **control.environment({})})
+    assert told == "[True, True, True, False, True] 2"
+
+
+def test_outside_of_it_uncounted_does_nothing() -> None:
+    with interposer.uncounted():
+        assert Control.attached() is None
 
 
 # A real runtime.

@@ -28,7 +28,7 @@ _QUIET = {
     # A point of which a worker dies costs the start of another.
     "fork_workers": True,
     # So that few allocations fill the device, and a batch that was reduced is whole again for the next point.
-    "max_batch": 4,
+    "max_batch": 2,
     "batches_before_growth": 1,
 }
 #: Memory is watched closely, and a device that is free again is returned to at once.
@@ -142,11 +142,11 @@ class GarbageCollect(Inference):
 class ReduceBuffer(Inference):
     """There is memory for a small batch, and for no large one."""
 
-    blocks, single = 4, False
+    blocks, single = 2, False
 
     def arm(self) -> None:
         """Bring about the device's own fault."""
-        free_bytes = int(1.2 * self.stage.run_bytes[1])
+        free_bytes = int(1.2 * self.stage.run_bytes)
         self._fault = self.stage.backend.arm(FaultPlan(Site.DEVICE_MEMORY, times=None, min_bytes=free_bytes))
 
 

@@ -128,8 +128,8 @@ class Stage:
         self.not_durable: list[str] = []
         self.device = ""
         self._right = self._undisturbed()
-        #: What a run of one window takes of the device, and one of two.
-        self.run_bytes = self._measure_runs()
+        #: What a run of one window takes of the device.
+        self.run_bytes = self._measure_run()
 
     # The subject.
 
@@ -223,9 +223,9 @@ class Stage:
             raise RuntimeError(f"the subject does not answer even when nothing happens to it: {len(right)} results")
         return right
 
-    def _measure_runs(self) -> tuple[int, int]:
+    def _measure_run(self) -> int:
         with contextlib.closing(self.backend.load(Path(self.setting.model))) as model:
-            return model.working_set_bytes(1), model.working_set_bytes(2)
+            return model.working_set_bytes(1)
 
     # The oracles.
 

@@ -91,7 +91,11 @@ class _DeviceElsewhere:
     def allocate(self, size_bytes: int) -> Allocation:
         worker = self._worker()
         number, _ = worker.side("allocate", _BLOCKING_SIDE_S, size_bytes=size_bytes)
-        return _Remote(worker, number, size_bytes)
+        try:
+            return _Remote(worker, number, size_bytes)
+        except BaseException:
+            worker.forget(number)
+            raise
 
     def release_cached(self) -> int:
         return int(self._worker().side("release", _BLOCKING_SIDE_S)[1]["released"])

@@ -253,17 +253,20 @@ class Worker:
                     if time.monotonic() > deadline_s:
                         raise TimeoutError(f"worker {self.process_id} answers other questions than {do!r}")
                 failure = _failure(frame)
-            except TimeoutError:
-                # What it takes for this question when it comes to it, nobody will refer to.
-                self._unwanted.append(number)
-                raise
             except TornMessage as error:
                 # Whoever asks it for work next is told.
                 self._garbled = str(error)
                 self._process.kill()
                 raise ConnectionError(f"worker {self.process_id} is not believed any more: {error}") from None
+            except TimeoutError:
+                self._unwanted.append(number)
+                raise
             except (Ended, OSError) as error:
                 raise ConnectionError(f"worker {self.process_id} is gone: {error}") from None
+            except BaseException:
+                # No memory here, or Ctrl-C. What it takes for this question, nobody will refer to.
+                self._unwanted.append(number)
+                raise
         if failure is not None:
             raise failure
         return number, frame.meta

@@ -26,7 +26,7 @@ from typing import Any
 
 from backends.contract import FaultRecord, Provenance
 from backends.faults.interposer import Control
-from qualification.sweep.points import MODES, TRANSIENT, Point, Sweep
+from qualification.sweep.points import HOST, MODES, TRANSIENT, Point, Sweep
 from qualification.sweep.stage import RECORDING_POINTS, Board, Setting
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -522,13 +522,13 @@ class _Player:
         record, site = driver.control.record(), tuple(driver.control.call_site())
         acknowledged, in_flight = driver.board.read()
         folder = driver.board.folder()
-        self.close()
         problems: list[tuple[str, str]] = []
         if error.hung:
             problems.append(("hangs", str(error)))
-        elif not (point.persistent and point.sweep.target == "host"):
-            # The host has to live. Only where it is refused everything from there on may it end.
+        elif not (point.persistent and point.sweep.target == HOST and driver.board.was_armed()):
+            # The host has to live. Only while it is refused everything may it end.
             problems.append(("hosts_lost", str(error)))
+        self.close()
         if folder:
             try:
                 request = {"folder": folder, "acknowledged": acknowledged, "in_flight": in_flight}

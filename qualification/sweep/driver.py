@@ -13,7 +13,6 @@ import contextlib
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from backends.faults.limits import declare_expendable
 from backends.process import begin_as_child
 from qualification.sweep.points import BEYOND, HOST, Point, parse
 from qualification.sweep.scenarios import SCENARIOS, Scenario
-from qualification.sweep.stage import DRAIN_S, WITHOUT_MEMORY_S, Problem, Setting, Stage, is_running
+from qualification.sweep.stage import DRAIN_S, WITHOUT_MEMORY_S, Before, Problem, Setting, Stage, is_running
 
 
 def main(argv: list[str]) -> int:
@@ -58,14 +57,14 @@ def main(argv: list[str]) -> int:
 
 def _try(stage: Stage, scenario: Scenario, point: Point, fires: bool) -> dict[str, Any]:
     """Try one point, or with ``fires`` False only count; give what was seen, and what was not as it has to be."""
-    control, problems = stage.control, list[Problem]()
-    began_s = time.monotonic()
+    control = stage.control
     scenario.ready()
     before = stage.before()
     plan = (point if fires else Point(point.sweep, point.mode, BEYOND)).plan()
     control.prepare(plan, os.getpid())
     stage.patience_s = WITHOUT_MEMORY_S if fires and point.persistent and point.sweep.target == HOST else DRAIN_S
     error = ""
+    stage.board.arm(1)
     control.begin()
     try:
         scenario.act()
@@ -74,24 +73,16 @@ def _try(stage: Stage, scenario: Scenario, point: Point, fires: bool) -> dict[st
         error = f"{type(failure).__name__}: {failure}"[:300]
     finally:
         control.end()
-    took_s = time.monotonic() - began_s
-    record, site = control.record(), control.call_site()
-    fired_process = control.fired_process()
-    with contextlib.suppress(Exception):
-        # What it cannot give back any more, because the subject is gone, is not there either.
-        scenario.lift()
-    stage.closed_on_purpose = scenario.closes
-    problems += stage.finish()
+        stage.board.arm(0)
+    record, site, fired_process = control.record(), control.call_site(), control.fired_process()
     told: list[str] = []
-    if not problems:
-        told = [event.kind for event in stage.require().events()][before.events :]
-        problems += stage.look(before, scenario.single)
-    if not problems:
-        scenario.after()
-        problems += stage.clean_run()
-    if not problems and fires and point.sweep.target == HOST:
-        problems += scenario.check()
-    held = {} if problems else stage.held()
+    held: dict[str, dict[str, int]] = {}
+    try:
+        problems = _judge(stage, scenario, before, told, check=fires and point.sweep.target == HOST)
+        held = {} if problems else stage.held()
+    except Exception as failure:
+        # Nothing fails any more, and yet something does.
+        problems = [("hosts_lost", f"after the fault was over: {type(failure).__name__}: {failure}")]
     gone = bool(fired_process) and fired_process != os.getpid() and not is_running(fired_process)
     return {
         "seen": record.points_seen,
@@ -107,8 +98,22 @@ def _try(stage: Stage, scenario: Scenario, point: Point, fires: bool) -> dict[st
         "held": held,
         "host": str(os.getpid()),
         "recording": str(stage.folder),
-        "took_s": took_s,
     }
+
+
+def _judge(stage: Stage, scenario: Scenario, before: Before, told: list[str], *, check: bool) -> list[Problem]:
+    """Have all that was begun come to its end, and look at it; add to ``told`` what the user was told meanwhile."""
+    with contextlib.suppress(Exception):
+        # What it cannot give back any more, because the subject is gone, is not there either.
+        scenario.lift()
+    stage.closed_on_purpose = scenario.closes
+    if problems := stage.finish():
+        return problems
+    told += [event.kind for event in stage.require().events()][before.events :]
+    if problems := stage.look(before, scenario.single):
+        return problems
+    scenario.after()
+    return stage.clean_run() or (scenario.check() if check else [])
 
 
 def _recover(stage: Stage, folder: str, acknowledged: int, in_flight: int) -> list[Problem]:

@@ -83,6 +83,7 @@ class Point:
 _REPEATED_BYTES = 64
 _HOST_BYTES = 512
 _STARTING_BYTES = 64 << 10
+_STEPS_BYTES = 16 << 10
 _NOT_SIDE = "!plimsoll-side"
 
 SWEEPS: tuple[Sweep, ...] = (
@@ -97,7 +98,7 @@ SWEEPS: tuple[Sweep, ...] = (
     Sweep("cache_clear", RUNTIME, _REPEATED_BYTES, _NOT_SIDE, needs=Capability.CACHE_OOM),
     Sweep("garbage_collect", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),
     Sweep("reduce_buffer", HOST, _HOST_BYTES),
-    Sweep("reduce_buffer", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),
+    Sweep("reduce_buffer", RUNTIME, _STEPS_BYTES, _NOT_SIDE),
     Sweep("restart_worker", HOST, 2048),
     Sweep("restart_worker", RUNTIME, _STARTING_BYTES),
     Sweep("cpu_fallback", HOST, _HOST_BYTES),

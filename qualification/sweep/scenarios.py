@@ -318,8 +318,10 @@ class Shutdown(Scenario):
 
 
 def _taken(stage: Stage, share: float) -> Allocation:
-    used_bytes = stage.backend.memory().used_bytes
-    return stage.backend.allocate(int(share * stage.setting.device_limit_bytes) - used_bytes)
+    """Take so much of the device that this share is in use. What was given up before may be given back only now."""
+    wanted_bytes = int(share * stage.setting.device_limit_bytes)
+    _wait(lambda: stage.backend.memory().used_bytes < wanted_bytes, _SOON_S)
+    return stage.backend.allocate(wanted_bytes - stage.backend.memory().used_bytes)
 
 
 def _wait(condition: Callable[[], bool], timeout_s: float) -> bool:

@@ -31,7 +31,8 @@ from qualification.subject import Result, Subject, SubjectContext, load_factory
 PERIOD_BLOCKS = 8
 #: The recording begins with a second of near silence.
 _SPEECH_FROM_SAMPLES = 16_000
-_POSITIONS, _BOARD = struct.Struct("<qq"), struct.Struct("<qq4096s")
+_POSITIONS, _BOARD = struct.Struct("<qq"), struct.Struct("<qqB4096s")
+_ARMED_AT = _POSITIONS.size
 #: After so many points a subject begins a new recording: reading it back takes time in proportion to its length.
 RECORDING_POINTS = 25
 DRAIN_S = 20.0
@@ -91,11 +92,19 @@ class Board:
 
     def begin(self, folder: Path, accepted: int) -> None:
         """Note which recording goes on."""
-        _BOARD.pack_into(self._map, 0, accepted, accepted, os.fsencode(folder))
+        _BOARD.pack_into(self._map, 0, accepted, accepted, 0, os.fsencode(folder))
+
+    def arm(self, armed: int) -> None:
+        """Note whether a fault is armed: only then may the process end. Takes no memory."""
+        self._map[_ARMED_AT] = armed
+
+    def was_armed(self) -> bool:
+        """Whether a fault was armed when the process ended."""
+        return bool(self._map[_ARMED_AT])
 
     def folder(self) -> str:
         """Give its folder, or nothing where none was begun."""
-        return os.fsdecode(_BOARD.unpack_from(self._map, 0)[2].rstrip(b"\0"))
+        return os.fsdecode(_BOARD.unpack_from(self._map, 0)[3].rstrip(b"\0"))
 
 
 class Stage:

@@ -36,20 +36,25 @@ def _filters() -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float32]]:
     return bins, np.take_along_axis(filterbank, bins.T, axis=0).T.copy()
 
 
-@functools.cache
-def _window() -> npt.NDArray[np.float32]:
-    return np.hanning(FRAME_SAMPLES).astype(np.float32)
+@functools.lru_cache(maxsize=4)
+def _windows(frames: int) -> npt.NDArray[np.float32]:
+    """A Hann window for each of so many frames, float32 [frames, 400]."""
+    window: npt.NDArray[np.float32] = np.hanning(FRAME_SAMPLES).astype(np.float32)
+    return np.concatenate([window] * frames).reshape(frames, FRAME_SAMPLES)
 
 
 def log_mel(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Turn float32 [samples] at 16 kHz into float32 [frames, 80]: natural log of mel energies, 10 ms a frame.
 
     Frame k is made of the 400 samples from k × 160 on, so 400 samples give one frame.
+
+    Some ways to compute this end the process where there is no memory, and are not used: a matrix product (OpenBLAS
+    exits), and a product of arrays of two shapes (NumPy 2 writes to a buffer that it did not get).
     """
-    frames = np.lib.stride_tricks.sliding_window_view(samples, FRAME_SAMPLES)[::HOP_SAMPLES]
-    spectrum = np.fft.rfft(frames * _window(), _FFT)
-    power = (spectrum.real**2 + spectrum.imag**2).astype(np.float32)
+    frames = np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(samples, FRAME_SAMPLES)[::HOP_SAMPLES])
+    np.multiply(frames, _windows(len(frames)), out=frames)
+    spectrum = np.fft.rfft(frames, _FFT)
+    power = (spectrum.real**2 + spectrum.imag**2).astype(np.float32, copy=False)
     bins, weights = _filters()
-    # Not a matrix product: where there is no memory for its work space, OpenBLAS ends the process.
-    energies: npt.NDArray[np.float32] = np.einsum("fmb,mb->fm", power[:, bins], weights)
+    energies: npt.NDArray[np.float32] = np.einsum("fmb,mb->fm", np.take(power, bins, axis=1), weights)
     return np.log(np.maximum(energies, np.float32(1e-10)))

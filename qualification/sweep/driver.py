@@ -10,6 +10,7 @@ subject, or this process, which is to be survived too.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import sys
@@ -28,6 +29,8 @@ def main(argv: list[str]) -> int:
     setting, parent = Setting(**json.loads(argv[0])), int(argv[1])
     begin_as_child(parent)
     declare_expendable()
+    # Where it dies of a fault, its last words say where.
+    faulthandler.enable()
     # Whatever a library prints: the parent reads answers here, and nothing else.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -15,6 +15,9 @@ import http.client
 import os
 import platform
 import re
+import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -302,8 +305,57 @@ def doctor(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Test the backends, the protection and the qualification itself. Arguments after -- go to pytest."""
     install(session, DEVELOPMENT, groups("tests"), without_accelerator(DEVELOPMENT))
-    folders = () if selects_tests(session.posargs) else ("tests/unit", "tests/meta")
-    session.run("python", "-m", "pytest", "-c", "pytest_memory.ini", *folders, *session.posargs)
+    pytest = ("python", "-m", "pytest", "-c", "pytest_memory.ini")
+    if session.posargs:
+        folders = () if selects_tests(session.posargs) else ("tests/unit", "tests/meta")
+        session.run(*pytest, *folders, *session.posargs)
+    else:
+        # Much of either is waiting for processes.
+        run_both(session, [*pytest, "tests/unit"], [*pytest, "tests/meta"])
+
+
+def run_both(session: nox.Session, first: Sequence[str], second: Sequence[str]) -> None:
+    """Run two commands at the same time. What the second says is shown after the first; either fails the session."""
+    env = {name: value for name, value in {**os.environ, **session.env}.items() if value is not None}
+    env["PATH"] = os.pathsep.join([*(session.bin_paths or ()), env.get("PATH", os.defpath)])
+    program = nox.command.which(second[0], session.bin_paths)
+    with tempfile.TemporaryFile() as said:
+        session.log(f"{' '.join(second)}, at the same time and shown afterwards")
+        beside = subprocess.Popen(
+            [program, *second[1:]], env=env, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT
+        )
+        failed = []
+        try:
+            try:
+                session.run(*first)
+            except nox.command.CommandFailed:
+                failed.append(" ".join(first))
+            if beside.poll() is None:
+                session.log(f"waiting for {' '.join(second)}")
+            if beside.wait() != 0:
+                failed.append(" ".join(second))
+        finally:
+            end(beside)
+            said.seek(0)
+            sys.stdout.flush()
+            shutil.copyfileobj(said, sys.stdout.buffer)
+            sys.stdout.flush()
+    if failed:
+        session.error(f"failed: {', '.join(failed)}")
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process that still runs after Ctrl-C, in order if it does so within seconds."""
+    try:
+        # At a terminal it has had its SIGINT, and another would cut off how it ends.
+        process.wait(2)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(10)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def without_extras(environment: str) -> list[str]:

@@ -14,6 +14,8 @@ from qualification import records
 ROOT = Path(__file__).resolve().parents[2]
 PROTECTION = "tests/test_memory_protection.py"
 RECOVERY = "tests/test_oom_recovery.py"
+#: A cell has no hypothesis, and importing its plugin takes as long as all the rest of a run that is refused.
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Outcome:
 
 def qualify(results: Path, *arguments: str, timeout_s: float = 200) -> Outcome:
     """Run pytest with these arguments from the repository's root."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--results", str(results)]
+    command = [*PYTEST, "--results", str(results)]
     # Another qualification may run on this machine: queue behind it.
     command += ["--lock-wait", "600", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "meta")}

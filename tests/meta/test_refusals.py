@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 from qualification import records
 from qualification.audio import write_wav
 from qualification.lock import DeviceLock, LockBusy
-from tests.meta.qualifying import PROTECTION, RECOVERY, ROOT, qualify
+from tests.meta.qualifying import PROTECTION, PYTEST, RECOVERY, ROOT, qualify
 
 QUICK = f"{RECOVERY}::TestOOMDetection::test_oom_detection"
 
@@ -111,7 +110,7 @@ def test_results_that_cannot_be_written(tmp_path: Path) -> None:
 def test_a_second_run_is_refused_and_named(tmp_path: Path) -> None:
     lock = DeviceLock("cpu", wait_s=600)
     try:
-        command = [sys.executable, "-m", "pytest", QUICK, "--results", str(tmp_path / "results"), "--lock-wait", "0"]
+        command = [*PYTEST, QUICK, "--results", str(tmp_path / "results"), "--lock-wait", "0"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     finally:
         lock.release()
@@ -151,9 +150,8 @@ def test_listing_tests_takes_no_lock_and_writes_nothing(tmp_path: Path) -> None:
 def test_ctrl_c_ends_in_order_and_the_records_are_whole(tmp_path: Path) -> None:
     results = tmp_path / "results"
     test = f"{PROTECTION}::TestMemoryStress::test_sustained_high_memory_usage"
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", test]
     process = subprocess.Popen(
-        [*command, "--results", str(results), "--lock-wait", "600"],
+        [*PYTEST, test, "--results", str(results), "--lock-wait", "600"],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         text=True,
@@ -178,18 +176,7 @@ def test_a_killed_run_leaves_records_that_count_as_damaged(tmp_path: Path) -> No
     results = tmp_path / "results"
     test = f"{PROTECTION}::TestMemoryStress::test_sustained_high_memory_usage"
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-p",
-            "no:cacheprovider",
-            test,
-            "--results",
-            str(results),
-            "--lock-wait",
-            "600",
-        ],
+        [*PYTEST, test, "--results", str(results), "--lock-wait", "600"],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
     )

@@ -111,7 +111,8 @@ PROGRAM = commands_in(section("The pipeline as a program"))
 
 def run(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """Run in the checkout, or elsewhere with the checkout's packages."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    # A cell has no hypothesis, whose plugin takes longer to import than tests to collect.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_ADDOPTS": "-p no:hypothesispytest"}
     return subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False)
 
 

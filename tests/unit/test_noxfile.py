@@ -9,14 +9,17 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 import backends
@@ -347,3 +350,76 @@ def test_what_exists_is_a_selection_of_tests_unless_it_is_the_value_of_an_option
     ]
     found = _noxfile(f"[noxfile.selects_tests(each) for each in {asked}]")
     assert found == str([True, True, False, False, False, False, False])
+
+
+MEETING = """
+import pathlib, time
+
+def test_the_other_runs_at_the_same_time():
+    pathlib.Path("{own}-is-here").touch()
+    deadline_s = time.monotonic() + 60
+    while not pathlib.Path("{other}-is-here").exists():
+        assert time.monotonic() < deadline_s, "{other} did not come"
+        time.sleep(0.01)
+    time.sleep({stays_s})
+    assert not {fails}, "{own} fails"
+"""
+
+
+def meeting(checkout: Path, fails: str = "", stays_s: float = 0) -> list[str]:
+    """Put a unit test and a meta test that wait for each other in a checkout, and give the command that runs both."""
+    (checkout / "pytest_memory.ini").write_text("[pytest]\n", encoding="utf-8")
+    for own, other in (("unit", "meta"), ("meta", "unit")):
+        (checkout / "tests" / own).mkdir(parents=True)
+        text = MEETING.format(own=own, other=other, stays_s=stays_s, fails=own == fails)
+        (checkout / "tests" / own / f"test_{own}.py").write_text(text, encoding="utf-8")
+    return ["--no-venv", "-s", "tests"]
+
+
+@pytest.mark.parametrize("fails", ["unit", "meta"])
+def test_unit_and_meta_tests_run_at_the_same_time_and_either_fails_the_session(checkout: Path, fails: str) -> None:
+    done = nox(checkout, *meeting(checkout, fails))
+    assert done.returncode == 1, done.stdout + done.stderr
+    said = re.findall(r"(?m)^=+ (1 \w+) in .* =+$|^(tests/\w+/test_\w+\.py) ", done.stdout)
+    expected = [f"1 {'failed' if each == fails else 'passed'}" for each in ("unit", "meta")]
+    assert [line[0] for line in said if line[0]] == expected, done.stdout
+    assert [line[1] for line in said if line[1]] == ["tests/unit/test_unit.py", "tests/meta/test_meta.py"], done.stdout
+    command = "python -m pytest -c pytest_memory.ini"
+    assert f"failed: {command} tests/{fails} " in done.stderr, done.stderr
+
+
+def test_arguments_go_to_one_run_of_both(checkout: Path) -> None:
+    done = nox(checkout, *meeting(checkout), "--", "--collect-only", "-q")
+    assert done.returncode == 0 and "\n2 tests collected" in done.stdout, done.stdout + done.stderr
+    assert re.findall(r"python -m pytest (.*)", done.stderr) == [
+        "-c pytest_memory.ini tests/unit tests/meta --collect-only -q"
+    ]
+
+
+@pytest.mark.parametrize("to_all", [True, False], ids=["at a terminal", "to nox alone"])
+def test_ctrl_c_ends_both(checkout: Path, to_all: bool) -> None:
+    command = [sys.executable, "-m", "nox", "--no-color", "-f", str(checkout / "noxfile.py")]
+    process = subprocess.Popen(
+        [*command, *meeting(checkout, stays_s=90)],
+        cwd=checkout,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+    )
+    try:
+        deadline_s = time.monotonic() + 60
+        while not all((checkout / f"{each}-is-here").exists() for each in ("unit", "meta")):
+            assert time.monotonic() < deadline_s and process.poll() is None, "they did not begin"
+            time.sleep(0.05)
+        runs = [each for each in psutil.Process(process.pid).children(recursive=True) if each.is_running()]
+        assert len(runs) == 2, runs
+        (os.killpg if to_all else os.kill)(process.pid, signal.SIGINT)
+        said, _ = process.communicate(timeout=30)
+        assert process.returncode != 0, said
+        assert not psutil.wait_procs(runs, timeout=5)[1], f"still running: {runs}"
+        assert "tests/meta/test_meta.py" in said and "KeyboardInterrupt" in said, said
+    finally:
+        process.kill()
+        process.communicate()

@@ -316,6 +316,8 @@ def tests(session: nox.Session) -> None:
 
 def run_both(session: nox.Session, first: Sequence[str], second: Sequence[str]) -> None:
     """Run two commands at the same time. What the second says is shown after the first; either fails the session."""
+    if session.run("python", "--version", log=False, silent=True) is None:
+        return  # nox --install-only runs nothing
     env = {name: value for name, value in {**os.environ, **session.env}.items() if value is not None}
     env["PATH"] = os.pathsep.join([*(session.bin_paths or ()), env.get("PATH", os.defpath)])
     program = nox.command.which(second[0], session.bin_paths)

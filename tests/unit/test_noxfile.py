@@ -396,6 +396,12 @@ def test_arguments_go_to_one_run_of_both(checkout: Path) -> None:
     ]
 
 
+def test_where_nothing_but_installing_is_asked_for_neither_runs(checkout: Path) -> None:
+    done = nox(checkout, "--install-only", *meeting(checkout))
+    assert done.returncode == 0 and not done.stdout, done.stdout + done.stderr
+    assert not (checkout / "unit-is-here").exists() and not (checkout / "meta-is-here").exists()
+
+
 @pytest.mark.parametrize("to_all", [True, False], ids=["at a terminal", "to nox alone"])
 def test_ctrl_c_ends_both(checkout: Path, to_all: bool) -> None:
     command = [sys.executable, "-m", "nox", "--no-color", "-f", str(checkout / "noxfile.py")]

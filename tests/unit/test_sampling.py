@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -16,6 +17,13 @@ from qualification.records import thin
 from qualification.sampling import SERIES, UNREAD, Sample, Sampler, take
 
 SIZE_BYTES = 64 * 1024 * 1024
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _what_is_there_already_stays() -> None:
+    # Each reading collects garbage, which takes 0.1 s more where other tests have imported torch.
+    gc.collect()
+    gc.freeze()
 
 
 def _waiting_child(size_bytes: int = 0) -> subprocess.Popen[bytes]:

@@ -51,7 +51,7 @@ def log_mel(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     Some ways to compute this end the process where there is no memory, and are not used: a matrix product (OpenBLAS
     exits), and a product of arrays of two shapes (NumPy 2 writes to a buffer that it did not get).
     """
-    frames = np.ascontiguousarray(np.lib.stride_tricks.sliding_window_view(samples, FRAME_SAMPLES)[::HOP_SAMPLES])
+    frames = np.lib.stride_tricks.sliding_window_view(samples, FRAME_SAMPLES)[::HOP_SAMPLES].copy()
     np.multiply(frames, _windows(len(frames)), out=frames)
     spectrum = np.fft.rfft(frames, _FFT)
     power = (spectrum.real**2 + spectrum.imag**2).astype(np.float32, copy=False)

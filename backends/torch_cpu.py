@@ -22,6 +22,7 @@ read.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -117,6 +118,8 @@ class TorchCpu(HostDevice, KeptDevice, TorchBackend):
 
     def _has_the_device(self) -> None:
         super()._has_the_device()
+        # Before there is another thread here.
+        _one_heap()
         quiet_torch()
         # There is memory for its stack now. What torch sets for a thread is set there too.
         self._thread.do(quiet_torch)
@@ -196,6 +199,18 @@ class _ComputeThread:
         self._executor = ThreadPoolExecutor(1, "plimsoll-torch")
 
 
+def _one_heap() -> None:
+    """Have threads that are yet to be started allocate from this process's heap, and not from one of their own.
+
+    What mmap refuses, glibc tries to make from the free end of the thread's heap. A heap of a thread's own is never
+    given back (``VmData`` keeps it), and a block that once was there is there again whatever the cap says: at a batch
+    of 16, 12 MiB of the device each. The process's heap shrinks.
+    """
+    # Without the GNU C library there are no such heaps, and no cap either.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
 def _warm_up(thread: _ComputeThread) -> None:
     """Do what a process does once, so that what it holds from here on is the device's; keep a reserve for answers."""
     try:
@@ -205,10 +220,9 @@ def _warm_up(thread: _ComputeThread) -> None:
         raise BackendError(f"torch-cpu is capped on Linux with the GNU C library only ({error})") from error
     malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
     # Blocks of this size and more are mapped on their own, and so given back at once; the rest is in one heap. Without
-    # it glibc raises the threshold by itself, and a thread's heap is never given back (mallopt(3)).
+    # it glibc raises the threshold by itself (mallopt(3)).
     mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
     mallopt(_M_TRIM_THRESHOLD, _MMAP_THRESHOLD_BYTES)
-    mallopt(_M_ARENA_MAX, 1)
     _compute_once()
     thread.do(_compute_once)
     gc.collect()

@@ -168,6 +168,8 @@ class TorchCpu(HostDevice, KeptDevice, TorchBackend):
                 # The other limit that there may be is a fault's.
                 kind = ErrorKind.DEVICE_OOM if limit_bytes == self._cap_bytes else ErrorKind.HOST_OOM
                 note(error, Diagnosis(kind, Shortage.CAPPED))
+                # With nothing at its free end, the heap has no room for a block where mmap had none.
+                heap_trim()
             raise
 
     def computed(self, act: Callable[[], T]) -> T:

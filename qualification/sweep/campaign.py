@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ _SUSPECT = {"heap_bytes": 1 << 20, "descriptors": 4, "threads": 3, "processes": 
 _SUSPECT_OF_HOST_BYTES = 4 << 20
 #: So often the point is repeated then, with its fault and without; and so much more for each time is a leak.
 _SERIES = 6
-_LEAK = {"heap_bytes": 24 << 10, "descriptors": 0.8, "threads": 0.8, "processes": 0.8}
+_LEAK = {"heap_bytes": 24 << 10, "descriptors": 1, "threads": 1, "processes": 1}
 
 #: What can be wrong after a point.
 PROBLEMS = (
@@ -560,26 +561,28 @@ class _Player:
         """Repeat a point with its fault and without, each on a recording of its own; say what grows with it alone."""
         grown = []
         for fires in (True, False):
-            held: list[Counter[str]] = []
+            held: list[Mapping[str, Any]] = []
             for number in range(_SERIES):
                 answer, outcome = self._ask(point, fires=fires, anew=number == 0)
                 if outcome.problems or not answer:
                     return ""
-                held.append(_summed(answer))
-            grown.append({what: held[-1][what] - held[1][what] for what in held[-1]})
-        times = _SERIES - 2
-        for what, amount in grown[0].items():
-            more = amount - grown[1].get(what, 0)
-            if more >= _LEAK[what.split()[-1]] * times:
-                return f"{more} more {what} are held after {times} repetitions than without the fault"
+                held.append(answer)
+            # The first brings about what comes once.
+            grown.append([_growth(*each) for each in pairwise(held[1:])])
+        for what in grown[0][0] | grown[1][0]:
+            least = _LEAK[what.split()[-1]]
+            steps = [with_it[what] for with_it in grown[0]]
+            more = sum(steps) - sum(without[what] for without in grown[1])
+            if more >= least * len(steps) and sum(step >= least for step in steps) >= len(steps) - 1:
+                return f"{more} more {what} are held after {len(steps)} repetitions than without the fault"
         return ""
 
 
-def _summed(answer: Mapping[str, Any]) -> Counter[str]:
-    """Add up what the processes hold, the host's apart."""
-    summed = Counter[str]()
-    for process, held in answer["held"].items():
-        whose = "of all" if process == "all" else "host" if process == answer["host"] else "runtime"
+def _growth(before: Mapping[str, Any], after: Mapping[str, Any]) -> Counter[str]:
+    """Give what processes that were there before hold more than before, the host apart. One that is new is counted."""
+    grown = Counter[str]()
+    for process, held in after["held"].items():
+        whose = "of all" if process == "all" else "host" if process == after["host"] else "runtime"
         for what, amount in held.items():
-            summed[f"{whose} {what}"] += amount
-    return summed
+            grown[f"{whose} {what}"] += amount - before["held"].get(process, held)[what]
+    return grown

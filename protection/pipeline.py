@@ -193,11 +193,13 @@ class DictationPipeline:
 
     def _end_at_start(self) -> None:
         self._shut_down = "it could not be started"
-        if self._worker.ident is None:
-            self._engine.close()
-        else:
-            self._worker.join(self._policy.shutdown_deadline_s)
-        self._spool.close()
+        try:
+            self._spool.close()
+        finally:
+            if self._worker.ident is None:
+                self._close_engine()
+            else:
+                self._worker.join(self._policy.shutdown_deadline_s)
 
     # The subject protocol.
 

@@ -303,7 +303,7 @@ class SpoolView:
 
         It does so only when nobody has the database open, with the database locked against whoever opens it just now.
         """
-        with contextlib.suppress(OSError, sqlite3.Error):
+        with contextlib.suppress(OSError, MemoryError, sqlite3.Error):
             # A log with something in it is left as it is.
             if self.path.resolve().with_name(f"{self.path.resolve().name}-wal").stat().st_size == 0:
                 with contextlib.closing(self._connect("mode=rw")) as db:
@@ -572,11 +572,13 @@ class Spool(SpoolView):
     def close(self) -> None:
         """Close the file and let others open it. A second call does nothing."""
         with self._lock:
-            super().close()
-            # Last: whoever opens it next finds nothing half closed.
-            lock_fd, self._lock_fd = self._lock_fd, -1
-            if lock_fd >= 0:
-                os.close(lock_fd)
+            try:
+                super().close()
+            finally:
+                # Last: whoever opens it next finds nothing half closed.
+                lock_fd, self._lock_fd = self._lock_fd, -1
+                if lock_fd >= 0:
+                    os.close(lock_fd)
 
     # How.
 

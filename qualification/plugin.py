@@ -371,6 +371,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(f"NOT RUN {report.nodeid} - {dict(report.user_properties)[_NOT_RUN]}")
     run = terminalreporter.config.stash.get(_RUN, None)
     if run is not None and run.records is not None:
+        for note in run.notes:
+            terminalreporter.write_line(note)
         terminalreporter.write_line(f"records: {run.records.path}")
 
 
@@ -506,9 +508,10 @@ def campaign(
     yield make
     for each in made:
         each.ledger.close()
+        run.notes.append(f"sweep with {model.name}: {each.summary()}")
         for tally in each.tallies.values():
             if tally.tried:
-                run.write_sweep(test=name, seed=each.seed, shard=list(each.shard), **tally.plain())
+                run.write_sweep(test=name, model=model.name, seed=each.seed, shard=list(each.shard), **tally.plain())
 
 
 def _block_samples(model: Path) -> int:

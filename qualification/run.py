@@ -61,6 +61,8 @@ class Run:
     lock: DeviceLock | None = None
     records: RecordWriter | None = None
     tests: list[str] = field(default_factory=list)
+    #: Said at the end of the run.
+    notes: list[str] = field(default_factory=list)
 
     def header(self) -> list[str]:
         """Say what is being qualified."""

@@ -170,6 +170,8 @@ class Tally:
     runtime_died: int = 0
     host_stopped: int = 0
     failed: int = 0
+    #: What its points took together, in the processes that tried them.
+    took_s: float = 0.0
     #: Whether a run completed in which the fault did not fire any more.
     complete: bool = False
 
@@ -181,6 +183,7 @@ class Tally:
         self.runtime_died += outcome.died
         self.host_stopped += outcome.stopped
         self.failed += bool(outcome.problems)
+        self.took_s += outcome.took_s
 
     def plain(self) -> dict[str, Any]:
         """Give it as plain data, for the records."""
@@ -197,6 +200,7 @@ class Tally:
             "runtime_died": self.runtime_died,
             "host_stopped": self.host_stopped,
             "failed": self.failed,
+            "took_s": round(self.took_s, 3),
             "complete": self.complete,
         }
 
@@ -282,6 +286,7 @@ class Campaign:
         self._stopping = threading.Event()
         self._tasks: queue.SimpleQueue[Callable[[_Player], None]] = queue.SimpleQueue()
         self._planned = self._tried = 0
+        self.passed_s = 0.0
         self._began_s = time.monotonic()
         for sweep in self.sweeps:
             for mode in MODES:
@@ -289,13 +294,15 @@ class Campaign:
 
     def run(self) -> None:
         """Try every point. Raises what a process that plays cannot even begin with."""
-        self._began_s = time.monotonic()
+        began_s = time.monotonic()
         self._do([self._counting(sweep) for sweep in self.sweeps])
+        self._began_s = time.monotonic()
         chunks = self._chunks()
         self._planned = sum(map(len, chunks))
         self._do([self._trying(chunk) for chunk in chunks])
         if self.sample is None and self.shard == (1, 1):
             self._do([self._beyond(tally) for tally in self.tallies.values()])
+        self.passed_s = time.monotonic() - began_s
 
     def try_point(self, point: Point) -> Outcome:
         """Try one point, and look whether memory comes back when it is repeated."""
@@ -436,6 +443,19 @@ class Campaign:
             Provenance.INTERPOSED if fired else None,
             f"runtime_died {died}",
         )
+
+    def summary(self) -> str:
+        """Say in a line what came of it."""
+        tallies = self.tallies.values()
+        fired, tried = sum(tally.fired for tally in tallies), sum(tally.tried for tally in tallies)
+        died, absorbed = sum(tally.runtime_died for tally in tallies), sum(tally.absorbed for tally in tallies)
+        parts = [f"{tried} points, {fired} fired, {absorbed} absorbed, {len(self.failures)} failed"]
+        if fired:
+            parts.append(f"runtime_died {died} ({died / fired:.1%})")
+        parts.append(f"host stopped, and resumed, {sum(tally.host_stopped for tally in tallies)}")
+        if self.passed_s:
+            parts.append(f"{self.passed_s:.0f} s, {tried / self.passed_s:.1f} points/s")
+        return ", ".join(parts)
 
     def unfired(self) -> list[str]:
         """Name the sweeps of which no point fired."""

@@ -22,7 +22,6 @@ read.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import os
@@ -38,7 +37,7 @@ import numpy as np
 from backends._build import environment, torch_cuda_version
 from backends._device import HostDevice, heap_trim
 from backends._keeper import KeptDevice
-from backends._torch import TorchBackend, quiet_torch
+from backends._torch import TorchBackend, one_heap, quiet_torch
 from backends.contract import YES, Allocation, Availability, BackendError, Capability, MemoryReading, no
 from backends.errors import Diagnosis, ErrorKind, Shortage, classify, note
 from backends.faults import limits
@@ -47,7 +46,7 @@ from backends.host import data_bytes, host_memory
 T = TypeVar("T")
 #: Blocks on the device are whole multiples of this: less is the process's own, and served from its reserve.
 _BLOCK_BYTES = 64 << 10
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MMAP_THRESHOLD_BYTES = _BLOCK_BYTES
 #: What a process whose device is full needs to answer: for objects of Python's own, and for small requests to malloc.
 _OBJECTS_BYTES = 8 << 20
@@ -119,7 +118,7 @@ class TorchCpu(HostDevice, KeptDevice, TorchBackend):
     def _has_the_device(self) -> None:
         super()._has_the_device()
         # Before there is another thread here.
-        _one_heap()
+        one_heap()
         quiet_torch()
         # There is memory for its stack now. What torch sets for a thread is set there too.
         self._thread.do(quiet_torch)
@@ -199,18 +198,6 @@ class _ComputeThread:
             os.sched_yield()
         # Its thread starts with the next work, once the device's memory is not in the way.
         self._executor = ThreadPoolExecutor(1, "plimsoll-torch")
-
-
-def _one_heap() -> None:
-    """Have threads that are yet to be started allocate from this process's heap, and not from one of their own.
-
-    What mmap refuses, glibc tries to make from the free end of the thread's heap. A heap of a thread's own is never
-    given back (``VmData`` keeps it), and a block that once was there is there again whatever the cap says: at a batch
-    of 16, 12 MiB of the device each. The process's heap shrinks.
-    """
-    # Without the GNU C library there are no such heaps, and no cap either.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def _warm_up(thread: _ComputeThread) -> None:

@@ -494,7 +494,7 @@ class _Player:
         """Count the points of a sweep: once to warm up, and twice to see whether the count repeats."""
         point, counts = Point(sweep, TRANSIENT, 1), []
         for _ in range(3):
-            found = self._there().ask(point=point.name, fires=False, anew=False)
+            found = self._there().ask(point=point.name, fires=False, anew=False, closely=False)
             if found["problems"]:
                 raise RuntimeError(f"{sweep.name} fails with no fault at all: {found['problems']} {found['error']}")
             counts.append(int(found["seen"]))
@@ -518,10 +518,12 @@ class _Player:
             return dataclasses.replace(outcome, problems=(("memory_kept", text),))
         return outcome
 
-    def _ask(self, point: Point, *, fires: bool = True, anew: bool = False) -> tuple[dict[str, Any], Outcome]:
+    def _ask(
+        self, point: Point, *, fires: bool = True, anew: bool = False, closely: bool = False
+    ) -> tuple[dict[str, Any], Outcome]:
         driver = self._there()
         try:
-            answer = driver.ask(point=point.name, fires=fires, anew=anew)
+            answer = driver.ask(point=point.name, fires=fires, anew=anew, closely=closely)
         except DriverLost as error:
             return {}, self._lost(driver, point, error)
         problems = tuple((kind, text) for kind, text in answer["problems"])
@@ -583,7 +585,7 @@ class _Player:
         for fires in (True, False):
             held: list[Mapping[str, Any]] = []
             for number in range(_SERIES):
-                answer, outcome = self._ask(point, fires=fires, anew=number == 0)
+                answer, outcome = self._ask(point, fires=fires, anew=number == 0, closely=True)
                 if outcome.problems or not answer:
                     return ""
                 held.append(answer)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import json
 import os
 import sys
@@ -54,11 +55,11 @@ def main(argv: list[str]) -> int:
             scenarios[name] = SCENARIOS[name](stage)
         if request["anew"]:
             stage.close()
-        answer(**_try(stage, scenarios[name], point, request["fires"]))
+        answer(**_try(stage, scenarios[name], point, request["fires"], request["closely"]))
     return 0
 
 
-def _try(stage: Stage, scenario: Scenario, point: Point, fires: bool) -> dict[str, Any]:
+def _try(stage: Stage, scenario: Scenario, point: Point, fires: bool, closely: bool) -> dict[str, Any]:
     """Try one point, or with ``fires`` False only count; give what was seen, and what was not as it has to be."""
     control = stage.control
     scenario.ready()
@@ -82,6 +83,9 @@ def _try(stage: Stage, scenario: Scenario, point: Point, fires: bool) -> dict[st
     held: dict[str, dict[str, int]] = {}
     try:
         problems = _judge(stage, scenario, before, told, check=fires and point.sweep.target == HOST)
+        if closely:
+            # What waits for the collector is not kept.
+            gc.collect()
         held = {} if problems else stage.held()
     except Exception as failure:
         # Nothing fails any more, and yet something does.

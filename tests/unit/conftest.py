@@ -50,7 +50,7 @@ def in_child() -> Callable[[str], Any]:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=300,
             check=False,
         )
         assert done.returncode == 0, f"the child ended with {done.returncode}: {done.stderr[-2000:]}"

@@ -382,6 +382,12 @@ def test_what_is_held_moves_to_a_worker_and_back() -> None:
     assert 0 <= fell - 16 * MIB <= 2 * PAGE_BYTES, f"16 MiB held: {back}, given back: {after}"
 
 
+def test_no_thread_of_a_worker_has_a_heap_of_its_own(engine: WorkerEngine) -> None:
+    engine.infer(_features(1))
+    heaps = {each: _heaps_of_threads(each) for each in engine.process_ids() if each != os.getpid()}
+    assert heaps and not any(heaps.values()), f"heaps of threads, by process: {heaps}"
+
+
 def test_an_engine_gets_over_many_errors_in_a_row(engine: WorkerEngine, handle: TorchCpu) -> None:
     expected = {batch: engine.infer(_features(batch)) for batch in (16, 8)}
     processes = list(engine.process_ids())

@@ -76,41 +76,46 @@ class Point:
         )
 
 
-#: Every request of 64 bytes and more where counts repeat: the runtime computes with one thread, and the questions about
-#: its memory, which come when they come, have a thread of their own. A process that starts, imports and profiles does
-#: not repeat itself: there, and in the host, the sizes that matter. 512 bytes and more are what Python takes from the C
-#: library: arrays, tables, texts, what a database page or a message is made of.
+#: In the runtime's processes every request of 64 bytes and more, where counts repeat: it computes with one thread, and
+#: questions about its memory, which come when they come, have a thread of their own. What does not repeat is swept at
+#: the sizes that matter: a process that starts maps, imports and profiles (64 KiB and more: libraries, weights,
+#: tensors), and a fallback begins when the attempts before it are over (512 bytes and more).
 _REPEATED_BYTES = 64
-_HOST_BYTES = 512
 _STARTING_BYTES = 64 << 10
+_FALLING_BACK_BYTES = 512
+#: Where a batch changes its size, torch makes a kernel for it, in thousands of requests that do not repeat.
 _STEPS_BYTES = 16 << 10
 _NOT_SIDE = "!plimsoll-side"
+#: In the host: 512 bytes and more are what Python takes from the C library for tables, texts, arrays, and SQLite for a
+#: page; the ladder's own part begins where that of the inference ends, and 2 KiB and more are what it moves.
+_HOST_BYTES = 512
+_LADDER_BYTES = 2048
 
 SWEEPS: tuple[Sweep, ...] = (
-    Sweep("start", HOST, 2048),
+    Sweep("start", HOST, _LADDER_BYTES),
     Sweep("start", RUNTIME, _STARTING_BYTES),
     Sweep("feed", HOST, 16, "main"),
     Sweep("inference", HOST, _HOST_BYTES),
     Sweep("inference", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),
     Sweep("pressure", HOST, _HOST_BYTES),
     Sweep("pressure", RUNTIME, _HOST_BYTES),
-    Sweep("cache_clear", HOST, _HOST_BYTES, needs=Capability.CACHE_OOM),
+    Sweep("cache_clear", HOST, _LADDER_BYTES, needs=Capability.CACHE_OOM),
     Sweep("cache_clear", RUNTIME, _REPEATED_BYTES, _NOT_SIDE, needs=Capability.CACHE_OOM),
     Sweep("garbage_collect", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),
-    Sweep("reduce_buffer", HOST, _HOST_BYTES),
+    Sweep("reduce_buffer", HOST, _LADDER_BYTES),
     Sweep("reduce_buffer", RUNTIME, _STEPS_BYTES, _NOT_SIDE),
-    Sweep("restart_worker", HOST, 2048),
+    Sweep("restart_worker", HOST, _LADDER_BYTES),
     Sweep("restart_worker", RUNTIME, _STARTING_BYTES),
-    Sweep("cpu_fallback", HOST, _HOST_BYTES),
-    Sweep("cpu_fallback", RUNTIME, _HOST_BYTES, _NOT_SIDE),
-    Sweep("return_to_device", HOST, _HOST_BYTES),
+    Sweep("cpu_fallback", HOST, _LADDER_BYTES),
+    Sweep("cpu_fallback", RUNTIME, _FALLING_BACK_BYTES, _NOT_SIDE),
+    Sweep("return_to_device", HOST, _LADDER_BYTES),
     Sweep("return_to_device", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),
-    Sweep("emergency_shutdown", HOST, _HOST_BYTES),
+    Sweep("emergency_shutdown", HOST, _LADDER_BYTES),
     Sweep("toggle", HOST, _HOST_BYTES),
     Sweep("toggle", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),
     Sweep("shutdown", HOST, 64),
     Sweep("shutdown", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),
-    Sweep("resume", HOST, 2048),
+    Sweep("resume", HOST, _LADDER_BYTES),
     Sweep("resume", RUNTIME, _STARTING_BYTES),
 )
 #: The same for the device's own memory, where it has one.

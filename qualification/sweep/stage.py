@@ -37,7 +37,7 @@ _ARMED_AT = _POSITIONS.size
 RECORDING_POINTS = 25
 DRAIN_S = 20.0
 #: A subject's own process that is refused everything can only wait: so long, and then there is memory again.
-WITHOUT_MEMORY_S = 0.3
+WITHOUT_MEMORY_S = 0.1
 #: A subject that stopped is opened again, and this often; nothing fails any more then.
 _MOST_REOPENED = 2
 #: More than any bounded recovery tells of, or tries.

@@ -134,10 +134,13 @@ def sweep(
     unswept = played.unfired()
     if unswept:
         judge.say(f"no fault fired in {', '.join(unswept)}")
-    judge("scenarios_unswept", len(unswept), fault=record)
+    unfinished = played.incomplete() if point is None else []
+    if unfinished:
+        judge.say(f"did not come to a run in which no fault fired: {', '.join(unfinished)}")
+    judge("scenarios_unswept", len(unswept) + len(unfinished), fault=record)
     for kind in PROBLEMS:
         judge(kind, played.count(kind), fault=record)
-    if not (played.failures or unswept):
+    if not (played.failures or unswept or unfinished):
         played.ledger.done()
 
 

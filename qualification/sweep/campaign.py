@@ -300,7 +300,7 @@ class Campaign:
         chunks = self._chunks()
         self._planned = sum(map(len, chunks))
         self._do([self._trying(chunk) for chunk in chunks])
-        if self.sample is None and self.shard == (1, 1):
+        if self.is_whole:
             self._do([self._beyond(tally) for tally in self.tallies.values()])
         self.passed_s = time.monotonic() - began_s
 
@@ -373,7 +373,9 @@ class Campaign:
         """Cut the points into handfuls of the same sweep, and put these into the seed's order."""
         chance, chunks = random.Random(self.seed), []
         for (_, mode), tally in self.tallies.items():
-            numbers = list(range(1, max(self.ledger.counts[tally.sweep.name]) + 1))
+            counts = self.ledger.counts[tally.sweep.name]
+            # Of a sample each has to fire; of the whole it is counted what does.
+            numbers = list(range(1, (max(counts) if self.sample is None else max(1, min(counts))) + 1))
             chance.shuffle(numbers)
             if self.sample is not None:
                 numbers = numbers[: self.sample]
@@ -387,9 +389,12 @@ class Campaign:
     def _trying(self, points: Sequence[Point]) -> Callable[[_Player], None]:
         def attempt(player: _Player) -> None:
             for point in points:
-                if self._stopping.is_set():
-                    return
-                self._one(player, point)
+                while not self._stopping.is_set():
+                    fired = self._one(player, point).fired
+                    if fired or self.sample is None or point.nth == 1:
+                        break
+                    # There were fewer requests this time: one of the first is there each time.
+                    point = dataclasses.replace(point, nth=point.nth // 2)
 
         return attempt
 
@@ -464,8 +469,15 @@ class Campaign:
             fired[name] += tally.fired
         return [name for name, count in fired.items() if not count]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every point is tried here, and so one that does not fire has to come."""
+        return self.sample is None and self.shard == (1, 1)
+
     def incomplete(self) -> list[str]:
-        """Name the sweeps, by mode, that did not come to a run without a fault."""
+        """Name the sweeps, by mode, that were to come to a run without a fault, and did not."""
+        if not self.is_whole:
+            return []
         return [f"{name}/{mode}" for (name, mode), tally in self.tallies.items() if not tally.complete]
 
 

@@ -24,7 +24,7 @@ ALLOWED = {
 }
 #: What an adapter, and the private module that a family of them shares, may import of backends. And the loader: a child
 #: process, and a fallback on another runtime, are made by name.
-ADAPTER_MAY_IMPORT = ("contract", "errors", "faults", "host", "model", "process")
+ADAPTER_MAY_IMPORT = ("contract", "errors", "faults", "host", "model", "process", "threads")
 
 
 def name_of(path: Path) -> str:

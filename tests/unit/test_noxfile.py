@@ -30,6 +30,7 @@ CELLS = sorted(
 )
 ENVIRONMENTS = sorted({environment for backend in backends.declared() for environment in backend.environments})
 PINS = sorted((ROOT / "constraints").glob("*.txt"))
+KINDS = ("memory-quick", "memory-soak", "memory-sweep")
 
 
 def nox(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -61,7 +62,7 @@ def listed(folder: Path) -> dict[str, str]:
 
 
 def test_the_sessions_are_the_matrix() -> None:
-    expected = {f"{kind}-{environment}" for kind in ("memory-quick", "memory-soak") for environment in ENVIRONMENTS}
+    expected = {f"{kind}-{environment}" for kind in KINDS for environment in ENVIRONMENTS}
     expected |= {f"cell-{environment}-{backend}" for backend, environment in CELLS}
     expected |= {"refusals-cuda12", "refusals-cuda13"}
     assert set(listed(ROOT)) == expected | {"memory-quick", "doctor", "tests", "bench", "lint", "lock"}
@@ -71,7 +72,7 @@ def test_plain_nox_is_memory_quick() -> None:
     assert [entry["session"] for entry in json.loads(nox(ROOT, "--list", "--json").stdout)] == ["memory-quick"]
 
 
-@pytest.mark.parametrize("kind", ["memory-quick", "memory-soak"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_tag_gives_the_cells_of_a_ci_matrix(kind: str) -> None:
     found = json.loads(nox(ROOT, "--list", "--json", "-t", kind).stdout)
     assert {entry["session"] for entry in found} == {f"{kind}-{environment}" for environment in ENVIRONMENTS}
@@ -84,7 +85,7 @@ def test_the_cells_have_a_tag() -> None:
 
 def test_an_environments_tag_runs_no_cell_twice() -> None:
     found = {entry["session"] for entry in json.loads(nox(ROOT, "--list", "--json", "-t", "cpu").stdout)}
-    assert found == {"memory-quick-cpu", "memory-soak-cpu"}
+    assert found == {f"{kind}-cpu" for kind in KINDS}
 
 
 NEW = """\
@@ -114,6 +115,7 @@ def test_a_new_backend_is_one_file(checkout: Path) -> None:
     sessions = listed(checkout)
     assert "made-up" in sessions["memory-quick-rocm99"]
     assert "made-up" in sessions["memory-soak-rocm99"]
+    assert "made-up" in sessions["memory-sweep-rocm99"]
     assert "made-up" in sessions["memory-quick-cpu"]
     assert {"cell-cpu-made-up", "cell-rocm99-made-up"} <= set(sessions)
     found = json.loads(nox(checkout, "--list", "--json", "-t", "made").stdout)
@@ -228,15 +230,36 @@ def test_a_cell_that_cannot_run_does_not_keep_the_others_from_it_but_is_shown(ch
     assert "cell-cpu-made-up" not in done.stderr
 
 
-def test_one_backend_is_chosen_and_quick_and_full_tests_share_its_cell() -> None:
+def test_one_backend_is_chosen_and_quick_full_and_sweeping_runs_share_its_cell() -> None:
     done = nox(
-        *(ROOT, "--no-venv", "-s", "memory-quick-cpu", "memory-soak-cpu", "memory-quick-cpu"),
-        *("--", "--backend=cpu", "--collect-only", "-q", "-k", "oom_detection"),
+        *(ROOT, "--no-venv", "-s", *(f"{kind}-cpu" for kind in KINDS), "memory-quick-cpu"),
+        *("--", "--backend=cpu", "--collect-only", "-q", "-k", "oom_detection or fault_sweep"),
     )
     assert done.returncode == 0, done.stderr
-    runs = re.findall(r"python -m pytest .*", done.stderr)
-    assert ["-m 'not slow'" in run for run in runs] == [True, False], runs
-    assert all(run.endswith("--collect-only -q -k oom_detection --backend cpu") for run in runs)
+    every = "tests/test_memory_protection.py tests/test_oom_recovery.py tests/test_fault_sweep.py"
+    expected = [
+        f"{every} -v -m 'not slow'",
+        f"{every} -v -m 'not (sweep and slow)'",
+        "tests/test_fault_sweep.py -v -m 'sweep and slow'",
+    ]
+    runs = re.findall(r"python -m pytest -c pytest_memory.ini (.*)", done.stderr)
+    assert runs == [f"{each} --collect-only -q -k 'oom_detection or fault_sweep' --backend cpu" for each in expected]
+    tests = re.findall(r"(?m)^tests/.*::(test_\w+)$", done.stdout)
+    assert tests == [
+        *("test_oom_detection", "test_fault_sweep_sample"),
+        *("test_oom_detection", "test_fault_sweep_sample"),
+        *("test_fault_sweep", "test_device_fault_sweep"),
+    ]
+
+
+def test_marks_that_are_asked_for_narrow_a_sweep_down() -> None:
+    done = nox(
+        *(ROOT, "--no-venv", "-s", "memory-sweep-cpu", "--", "--backend=cpu", "--collect-only", "-q"),
+        *("-m", "gpu or stress"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "-m '(gpu or stress) and sweep and slow'" in done.stderr
+    assert re.findall(r"(?m)^tests/.*::(test_\w+)$", done.stdout) == ["test_device_fault_sweep"]
 
 
 def test_a_cell_that_fails_does_not_keep_the_next_from_being_judged(checkout: Path) -> None:

@@ -21,19 +21,22 @@ import numpy as np
 import pytest
 
 import backends
-from backends.contract import Backend, Capability
+from backends.contract import Backend, Capability, Site
+from backends.model import read_onnx
 from protection.policy import Policy
 from qualification.criteria import CRITERIA, PARAMETERS, Criterion
 from qualification.doctor import session as cell_session
 from qualification.records import RecordWriter
 from qualification.run import Run
 from qualification.subject import EVENT_KINDS, STRATEGIES, load_factory
+from qualification.sweep.campaign import PROBLEMS, Tally
+from qualification.sweep.points import DEVICE_SWEEPS, HOST, RUNTIME, SWEEPS, TRANSIENT
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 WORKFLOW = ROOT / ".github" / "workflows" / "memory.yml"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tests" / "data" / "README.md"]
-QUALIFICATION = ("tests/test_memory_protection.py", "tests/test_oom_recovery.py")
+QUALIFICATION = ("tests/test_memory_protection.py", "tests/test_oom_recovery.py", "tests/test_fault_sweep.py")
 TESTS = list(dict.fromkeys(criterion.test for criterion in CRITERIA))
 
 #: Commands that are shown and not executed: their first words, and why not.
@@ -262,7 +265,26 @@ def check(command: str, criteria: Path) -> str | None:
         case ["python", "tests/test_memory_protection.py", *rest]:
             unknown = [word for word in rest if word.startswith("--") and word not in harness_help()]
             return f"the harness has no {', '.join(unknown)}" if unknown else None
+        case ["python", "-m", "backends.model", file, *rest]:
+            made = criteria.with_name("made.onnx")
+            done = run(sys.executable, "-m", "backends.model", str(made), *rest)
+            return done.stderr if done.returncode else different(made, ROOT / file)
+        case ["python", "-m", "benchmarks.interposer_cost", "--pairs", pairs]:
+            # It takes minutes. One pair too few is refused before anything is measured.
+            done = run(sys.executable, "-m", "benchmarks.interposer_cost", "--pairs", "0")
+            return None if f"expected at least {pairs}" in done.stderr else f"it says: {done.stderr}"
     return "it is neither executed here nor on the list of exemptions"
+
+
+def different(made: Path, committed: Path) -> str | None:
+    """Say how two models differ, or None."""
+    (spec, weights), (its_spec, its_weights) = read_onnx(made), read_onnx(committed)
+    if spec != its_spec:
+        return f"it makes {spec}, and {committed.name} is {its_spec}"
+    same = list(weights) == list(its_weights) and all(
+        np.array_equal(weights[name], its_weights[name]) for name in weights
+    )
+    return None if same else f"the weights of {committed.name} are others"
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +333,9 @@ def test_the_two_commands_come_first() -> None:
 def test_every_session_that_is_named_exists() -> None:
     text = "\n".join(path.read_text(encoding="utf-8") for path in (*DOCUMENTS, WORKFLOW))
     named = set(re.findall(r"nox -s ([a-z0-9-]*[a-z0-9])(?!…)\b", text))
-    assert named - {"memory-quick-", "memory-soak-"} <= sessions(), f"nox has no session {named - sessions()}"
+    assert named - {"memory-quick-", "memory-soak-", "memory-sweep-"} <= sessions(), (
+        f"nox has no session {named - sessions()}"
+    )
     tables = "\n".join(line for line in README.splitlines() if line.startswith("| "))
     listed = set(re.findall(r"`nox -s ([\w-]+)`", tables))
     assert listed == sessions(), f"the README's tables and nox differ in {listed ^ sessions()}"
@@ -427,13 +451,36 @@ def test_the_example_reads_records(
 
 
 def test_the_fields_of_a_record_are_all_named() -> None:
-    first, criterion = DOCS["read-the-records"].split("**Then a line for each criterion")
+    first, rest = DOCS["read-the-records"].split("**Then a line for each criterion")
+    criterion, swept = rest.split("**And a line for each part of the")
     named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"(?m)^\| (`.+?) \|", first))))
     source = inspect.getsource(Run._about) + inspect.getsource(Run.identity)
     written = set(re.findall(r'(?m)^ {12}"(\w+)": ', source))
     assert named == written | {"schema_version", "stress"}
     named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"(?m)^\| (`.+?) \|", criterion))))
     assert named == set(inspect.signature(RecordWriter.criterion).parameters) - {"self"}
+    named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"(?m)^\| (`.+?) \|", swept))))
+    whose = set(inspect.signature(RecordWriter.sweep).parameters) - {"self", "fields"}
+    assert named == whose | {"seed", "shard"} | set(Tally(SWEEPS[0], TRANSIENT).plain())
+
+
+def test_the_sweeps_and_what_they_promise_are_all_named() -> None:
+    text = DOCS["fault-sweep"]
+    rows = re.findall(r"(?m)^\| `(\w+)` \| .+ \| (\d+|–) \| (\d+|–) \|$", text)
+    sizes = {(sweep.scenario, sweep.target): str(sweep.min_bytes) for sweep in SWEEPS}
+    scenarios = list(dict.fromkeys(sweep.scenario for sweep in SWEEPS))
+    assert rows == [(each, sizes.get((each, HOST), "–"), sizes.get((each, RUNTIME), "–")) for each in scenarios]
+    assert f"There are\n{len(scenarios)} scenarios" in section("7. Every single allocation")
+    oracles = text.split("### The oracles")[1].split("\n## ")[0]
+    assert re.findall(r"(?m)^\| `(\w+)` \|", oracles) == ["scenarios_unswept", *PROBLEMS]
+    assert {sweep.min_bytes for sweep in DEVICE_SWEEPS} == {1}
+
+
+def test_the_sites_are_all_named() -> None:
+    table = DOCS["architecture"].split("### How a fault is brought about")[1].split("\n\n")[1]
+    assert set(re.findall(r"`(\w+)`", "".join(re.findall(r"(?m)^\| (`.+?) \|", table)))) == {
+        each.value for each in Site
+    }
 
 
 def test_the_contract_is_all_named() -> None:

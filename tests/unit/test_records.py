@@ -60,6 +60,43 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     assert second["series"] == {"rss": [[0.0, 1.0], [1.0, 2.0]]}, f"series came back as {second['series']}"
 
 
+SWEPT = {"scenario": "feed", "target": "host", "points_counted": [12, 12], "faults_fired": 12, "complete": True}
+
+
+def _sweep(writer: RecordWriter, **fields: Any) -> None:
+    writer.sweep(**{"backend": "cpu", "environment": "cpu", "test": "t", **SWEPT, **fields})
+
+
+def test_sweeps_are_read_back_in_order_and_apart_from_criteria(tmp_path: Path) -> None:
+    """They are in the chain with all other lines, and the end counts them."""
+    path = tmp_path / "r.jsonl"
+    writer = RecordWriter(path, RUN)
+    _criterion(writer)
+    _sweep(writer, mode="transient")
+    _sweep(writer, mode="persistent")
+    _criterion(writer, criterion="d")
+    writer.close()
+    record = read(path)
+    assert [line["criterion"] for line in record.criteria] == ["c", "d"]
+    assert [line.pop("mode") for line in record.sweeps] == ["transient", "persistent"]
+    whose = {"backend": "cpu", "environment": "cpu", "test": "t"}
+    assert [{name: line[name] for name in (*whose, *SWEPT)} for line in record.sweeps] == [{**whose, **SWEPT}] * 2
+    raw = path.read_bytes()
+    assert json.loads(raw.splitlines()[-1])["count"] == 5
+    path.write_bytes(raw.replace(b'"faults_fired":12', b'"faults_fired":99', 1))
+    with pytest.raises(RecordError, match="line 3: altered"):
+        read(path)
+
+
+def test_a_sweep_after_the_end_is_refused(tmp_path: Path) -> None:
+    """As a criterion is: nothing is written behind the end."""
+    writer = RecordWriter(tmp_path / "r.jsonl", RUN)
+    writer.close()
+    with pytest.raises(RecordError, match="closed"):
+        _sweep(writer)
+    assert read(tmp_path / "r.jsonl").sweeps == ()
+
+
 def test_every_line_carries_the_hash_of_the_one_before(tmp_path: Path) -> None:
     """The chain is the SHA-256 of the raw bytes, without newline, and begins with 64 zeros."""
     lines = _written(tmp_path / "r.jsonl")
@@ -178,7 +215,7 @@ def test_damage_is_named(tmp_path: Path) -> None:
         "line 5: the end line says .'count': 9., but 4 lines": b"\n".join([*lines[:-1], short, b""]),
         "line 1: schema_version is 7": _relinked([lines[0].replace(b'"schema_version":1', b'"schema_version":7')]),
         "line 1: kind is 'criterion': expected run": _relinked(lines[1:]),
-        "line 2: kind is 'run': expected criterion or end": _relinked([lines[0], lines[0]]),
+        "line 2: kind is 'run': expected criterion or sweep or end": _relinked([lines[0], lines[0]]),
     }
     for message, raw in cases.items():
         path.write_bytes(raw)

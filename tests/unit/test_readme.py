@@ -461,7 +461,7 @@ def test_the_fields_of_a_record_are_all_named() -> None:
     assert named == set(inspect.signature(RecordWriter.criterion).parameters) - {"self"}
     named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"(?m)^\| (`.+?) \|", swept))))
     whose = set(inspect.signature(RecordWriter.sweep).parameters) - {"self", "fields"}
-    assert named == whose | {"seed", "shard"} | set(Tally(SWEEPS[0], TRANSIENT).plain())
+    assert named == whose | {"model", "seed", "shard"} | set(Tally(SWEEPS[0], TRANSIENT).plain())
 
 
 def test_the_sweeps_and_what_they_promise_are_all_named() -> None:

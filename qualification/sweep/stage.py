@@ -256,7 +256,7 @@ class Stage:
         for attempt in range(_MOST_REOPENED + 1):
             try:
                 if attempt:
-                    self._reopen()
+                    problems += self._reopen()
                 subject = self.require()
                 if self.accepted < self.wanted:
                     self.block = self.stream[self.accepted : self.wanted]
@@ -285,15 +285,19 @@ class Stage:
     #: Whether the scenario itself closes the subject.
     closed_on_purpose = False
 
-    def _reopen(self) -> None:
+    def _reopen(self) -> list[Problem]:
         subject, self.subject = self.subject, None
         with contextlib.suppress(Exception):
             if subject is not None:
                 subject.close()
         self.open()
         samples = recovered(self.require())
-        if samples is not None:
-            self.accepted = max(self.accepted, len(samples))
+        if samples is None:
+            return []
+        acknowledged, self.accepted = self.accepted, max(self.accepted, len(samples))
+        # Said here: a subject that refuses what comes after a gap is never looked at.
+        lost = acknowledged - len(samples)
+        return [("samples_lost", f"{lost} of {acknowledged} samples are gone")] if lost > 0 else []
 
     def look(self, before: Before, single: bool) -> list[Problem]:
         """Compare everything that is stored and answered with what has to be."""

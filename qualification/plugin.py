@@ -7,6 +7,7 @@ under the same configuration and pay for none of it.
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import math
 import os
@@ -331,8 +332,10 @@ def _with_four_lines(item: pytest.Item, run: Run, judge: Judge, longrepr: Any) -
     return "\n".join(lines) + f"\n{longrepr}"
 
 
-def _repeat_command(item: pytest.Item, run: Run) -> str:
+def _repeat_command(item: pytest.Item, run: Run, point: str = "") -> str:
+    """Give what is typed to run this test again, or one point of its sweep."""
     option = item.config.getoption
+    point = point or (option("--point").name if option("--point") else "")
     words = ["python", "-m", "pytest", item.nodeid, "--backend", run.backend.name]
     if option("--device"):
         words += ["--device", option("--device")]
@@ -341,8 +344,8 @@ def _repeat_command(item: pytest.Item, run: Run) -> str:
     if subject != DEFAULT_SUBJECT:
         file, colon, factory = subject.rpartition(":")
         words += ["--subject", f"{_from_root(began_in, file)}{colon}{factory}" if file.endswith(".py") else subject]
-    if option("--point"):
-        words += ["--point", option("--point").name]
+    if point:
+        words += ["--point", point]
     for name, default in (("--model", DEFAULT_MODEL), ("--audio", DEFAULT_AUDIO), ("--criteria", None)):
         if option(name) != default:
             words += [name, _from_root(began_in, option(name))]
@@ -532,8 +535,7 @@ def point(request: pytest.FixtureRequest) -> Point | None:
 @pytest.fixture
 def repeat(request: pytest.FixtureRequest) -> Callable[[str], str]:
     """Give the command that repeats one point of the sweep."""
-    command = _repeat_command(request.node, request.config.stash[_RUN])
-    return lambda name: f"{command} --point {name}"
+    return functools.partial(_repeat_command, request.node, request.config.stash[_RUN])
 
 
 NewSubject = Callable[..., Subject]

@@ -40,6 +40,10 @@ _MOST_BEYOND = 200
 _SUSPECT = {"heap_bytes": 1 << 20, "descriptors": 4, "threads": 3, "processes": 3}
 #: SQLite's cache of pages grows to 2 MB in the process that has the spool.
 _SUSPECT_OF_HOST_BYTES = 4 << 20
+#: And at once, beyond the most that it ever held: one point may leak, and no other. A recording that goes on is of the
+#: host, some 100 KB a point.
+_SUSPECT_AT_ONCE = {"heap_bytes": 64 << 10, "descriptors": 2, "threads": 0, "processes": 0}
+_SUSPECT_OF_HOST_AT_ONCE_BYTES = 256 << 10
 #: So often the point is repeated then, with its fault and without; and so much more for each time is a leak.
 _SERIES = 6
 _LEAK = {"heap_bytes": 24 << 10, "descriptors": 1, "threads": 1, "processes": 1}
@@ -489,6 +493,8 @@ class _Player:
         self._driver: Driver | None = None
         #: What each process held when it was first seen, and what the host did as its recording began.
         self._first: dict[str, dict[str, int]] = {}
+        #: And the most of each that it has held since.
+        self._most: dict[str, dict[str, int]] = {}
 
     def close(self) -> None:
         driver, self._driver = self._driver, None
@@ -500,6 +506,7 @@ class _Player:
             folder = self._campaign.folder / f"player-{self._number}"
             self._driver = Driver(self._campaign.setting(str(folder)), self._campaign.folder / "stderr.log")
             self._first.clear()
+            self._most.clear()
         return self._driver
 
     def count(self, sweep: Sweep) -> list[int]:
@@ -581,15 +588,21 @@ class _Player:
         )
 
     def _suspected(self, answer: Mapping[str, Any]) -> str:
-        """Say what is held beyond what was held at first, if it is more than may come and go."""
+        """Say what is held beyond what was held at first, or ever, if it is more than may come and go."""
+        suspected = ""
         for process, now in answer["held"].items():
             host = process == answer["host"]
-            first = self._first.setdefault(answer["recording"] if host else process, now)
+            name = answer["recording"] if host else process
+            first, most = self._first.setdefault(name, now), self._most.setdefault(name, dict(now))
             for what, amount in now.items():
-                most = _SUSPECT_OF_HOST_BYTES if host and what == "heap_bytes" else _SUSPECT[what]
-                if amount - first.get(what, amount) > most:
-                    return f"process {process} holds {amount - first[what]} more {what}"
-        return ""
+                heap = host and what == "heap_bytes"
+                in_all = _SUSPECT_OF_HOST_BYTES if heap else _SUSPECT[what]
+                at_once = _SUSPECT_OF_HOST_AT_ONCE_BYTES if heap else _SUSPECT_AT_ONCE[what]
+                since, beyond = amount - first.get(what, amount), amount - most.get(what, amount)
+                if not suspected and (since > in_all or beyond > at_once):
+                    suspected = f"process {process} holds {max(since, beyond)} more {what}"
+                most[what] = max(amount, most.get(what, amount))
+        return suspected
 
     def _leaks(self, point: Point) -> str:
         """Repeat a point with its fault and without, each on a recording of its own; say what grows with it alone."""

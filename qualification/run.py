@@ -297,7 +297,7 @@ def _sources_digest(factory: Callable[..., Any]) -> str:
     """Hash our own sources, and those beside the subject's factory."""
     folders = {ROOT / name for name in ("backends", "protection", "qualification", "tests")}
     digest = hashlib.sha256()
-    files = {path for folder in folders for path in folder.rglob("*.py")}
+    files = {path for folder in folders for ending in ("py", "c", "onnx") for path in folder.rglob(f"*.{ending}")}
     with contextlib.suppress(TypeError, OSError):
         files |= set(Path(inspect.getfile(factory)).resolve().parent.glob("*.py"))
     for path in sorted(files):

@@ -34,7 +34,8 @@ def volunteer_to_oom_killer(score: int = 1000) -> None:
 
 def name_thread(name: str) -> None:
     """Have the kernel know the calling thread by this name (15 characters of it), as Python does only from 3.14 on."""
-    with contextlib.suppress(OSError, AttributeError):
+    # A thread without memory for its name does its work.
+    with contextlib.suppress(OSError, AttributeError, MemoryError):
         ctypes.CDLL(None).prctl(_PR_SET_NAME, name.encode())
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import queue
 import threading
 from collections.abc import Callable
@@ -20,29 +21,43 @@ _LOOK_EVERY_S = 0.05
 
 
 class _Begun(threading.Event):
-    """Set once a thread runs; whoever waits for one that is gone gets MemoryError."""
+    """Set once a thread does what it is for; whoever waits for one that is gone gets MemoryError."""
 
     def __init__(self, before: set[str]) -> None:
         super().__init__()
-        self._before = before
+        self._before, self._begun, self._over = before, False, threading.Lock()
+        self._over.acquire()
+
+    def set(self) -> None:
+        """Do nothing: Python says so while the thread may still end for want of memory."""
+
+    def begin(self) -> None:
+        """Be set. Takes no memory."""
+        self._begun = True
+        self._over.release()
+
+    def is_set(self) -> bool:
+        return self._begun
 
     def wait(self, timeout: float | None = None) -> bool:
-        if timeout is not None:
-            return super().wait(timeout)
-        for _ in range(int(_PATIENCE_S / _LOOK_EVERY_S)):
-            if super().wait(_LOOK_EVERY_S):
+        for _ in range(int((timeout or _PATIENCE_S) / _LOOK_EVERY_S)):
+            if self._begun or self._over.acquire(timeout=_LOOK_EVERY_S):
                 return True
-            if not _tasks() - self._before and not self.is_set():
+            if not _tasks() - self._before:
                 break
-        else:
-            if self.is_set():
-                return True
+        if self._begun:
+            return True
         raise MemoryError("a thread had no memory to begin")
 
 
 def _tasks() -> set[str]:
-    """Give the threads of this process as the kernel numbers them."""
-    return {entry.name for entry in Path("/proc/self/task").iterdir()}
+    """Give the threads of this process as the kernel numbers them. Raises MemoryError, or OSError."""
+    try:
+        return {entry.name for entry in Path("/proc/self/task").iterdir()}
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise MemoryError(str(error)) from error
+        raise
 
 
 class Thread(threading.Thread):
@@ -52,17 +67,31 @@ class Thread(threading.Thread):
         """Have ``start`` run ``target``, known to the kernel by this name too."""
         super().__init__(name=name, daemon=True)
         self._act = target
+        self._claim = threading.Lock()
 
     def start(self) -> None:
-        """Begin. Raises MemoryError, or RuntimeError where there may be no more threads."""
+        """Begin, or raise and never begin.
+
+        Raises MemoryError, RuntimeError where there may be no more threads, or OSError without a descriptor.
+        """
         # What start waits for, under this name in every version so far.
-        self._started = _Begun(_tasks())
-        super().start()
+        self._started = begun = _Begun(_tasks())
+        try:
+            super().start()
+        except (MemoryError, OSError, RuntimeError):
+            if self._claim.acquire(blocking=False):
+                # Python keeps a thread that did not begin: not what it was for, too.
+                del self._act
+                raise
+            # It is there all the same: only looking for it failed.
+            begun.wait()
 
     def run(self) -> None:
         """Do what it is for."""
         name_thread(self.name)
-        self._act()
+        if self._claim.acquire(blocking=False):
+            self._started.begin()
+            self._act()
 
 
 class _Task(Generic[T]):

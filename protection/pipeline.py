@@ -196,10 +196,11 @@ class DictationPipeline:
         try:
             self._spool.close()
         finally:
-            if self._worker.ident is None:
-                self._close_engine()
-            else:
+            if self._worker.is_alive():
+                # It closes the engine on its way out.
                 self._worker.join(self._policy.shutdown_deadline_s)
+            else:
+                self._close_engine()
 
     # The subject protocol.
 

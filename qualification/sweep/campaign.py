@@ -220,7 +220,7 @@ class Ledger:
         head = json.dumps({"key": key}, sort_keys=True)
         lines: list[str] = []
         with contextlib.suppress(OSError):
-            lines = path.read_text(encoding="utf-8").split("\n")
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         if lines[:1] == [head]:
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 for line in lines[1:]:

@@ -475,7 +475,8 @@ def campaign(
     run, option = request.config.stash[_RUN], request.config.getoption
     if (refused := interposer_refusal()) is not None:
         pytest.skip(refused)
-    model = SWEEP_MODEL if run.model == DEFAULT_MODEL else run.model
+    # By identity: whoever names the default one wants that.
+    model = SWEEP_MODEL if run.model is DEFAULT_MODEL else run.model
     made: list[Campaign] = []
     name = _name_of(request.node)
 

@@ -168,6 +168,7 @@ class Tally:
     mode: str
     #: Requests that a run without a fault makes, counted more than once.
     counted: list[int] = field(default_factory=list)
+    planned: int = 0
     tried: int = 0
     fired: int = 0
     absorbed: int = 0
@@ -358,7 +359,7 @@ class Campaign:
         passed_s = time.monotonic() - self._began_s
         left_s = passed_s / max(1, tried) * (self._planned - tried)
         failed = f", {len(self.failures)} failed" if self.failures else ""
-        return f"{tried} of {self._planned} points, {fired} fired{failed}, about {max(0.0, left_s) / 60:.1f} min left"
+        return f"{tried} of {max(tried, self._planned)} points, {fired} fired{failed}, about {max(0.0, left_s) / 60:.1f} min left"
 
     # Tasks.
 
@@ -375,19 +376,21 @@ class Campaign:
 
     def _chunks(self) -> list[list[Point]]:
         """Cut the points into handfuls of the same sweep, and put these into the seed's order."""
-        chance, chunks = random.Random(self.seed), []
-        for (_, mode), tally in self.tallies.items():
-            counts = self.ledger.counts[tally.sweep.name]
+        chunks = []
+        for (name, mode), tally in self.tallies.items():
+            counts = self.ledger.counts[name]
             # Of a sample each has to fire; of the whole it is counted what does.
             numbers = list(range(1, (max(counts) if self.sample is None else max(1, min(counts))) + 1))
-            chance.shuffle(numbers)
+            # An order of its own: what another machine counts elsewhere moves no point from one share to another.
+            random.Random(f"{self.seed} {name} {mode}").shuffle(numbers)
             if self.sample is not None:
                 numbers = numbers[: self.sample]
             share, of = self.shard
             numbers = numbers[share - 1 :: of]
+            tally.planned = len(numbers)
             points = [Point(tally.sweep, mode, number) for number in numbers]
             chunks += [points[at : at + RECORDING_POINTS] for at in range(0, len(points), RECORDING_POINTS)]
-        chance.shuffle(chunks)
+        random.Random(self.seed).shuffle(chunks)
         return chunks
 
     def _trying(self, points: Sequence[Point]) -> Callable[[_Player], None]:
@@ -467,10 +470,11 @@ class Campaign:
         return ", ".join(parts)
 
     def unfired(self) -> list[str]:
-        """Name the sweeps of which no point fired."""
+        """Name the sweeps of which no point fired; a share may have no point of a small one."""
         fired = Counter[str]()
         for (name, _), tally in self.tallies.items():
-            fired[name] += tally.fired
+            if tally.planned or tally.tried or self.shard == (1, 1):
+                fired[name] += tally.fired
         return [name for name, count in fired.items() if not count]
 
     @property

@@ -359,7 +359,8 @@ class Campaign:
         passed_s = time.monotonic() - self._began_s
         left_s = passed_s / max(1, tried) * (self._planned - tried)
         failed = f", {len(self.failures)} failed" if self.failures else ""
-        return f"{tried} of {max(tried, self._planned)} points, {fired} fired{failed}, about {max(0.0, left_s) / 60:.1f} min left"
+        of = max(tried, self._planned)
+        return f"{tried} of {of} points, {fired} fired{failed}, about {max(0.0, left_s) / 60:.1f} min left"
 
     # Tasks.
 

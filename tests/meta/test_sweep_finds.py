@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shlex
@@ -85,10 +86,8 @@ def first_failure(played: Campaign, kind: str) -> Outcome:
             raise _Found
 
     played.say = stop
-    try:
+    with contextlib.suppress(_Found):
         played.run()
-    except _Found:
-        pass
     assert found(), f"{kind} is not found; failures: {played.failures}; {[t.plain() for t in played.tallies.values()]}"
     return found()[0]
 

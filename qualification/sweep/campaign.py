@@ -63,6 +63,14 @@ class DriverLost(Exception):
         self.hung = hung
 
 
+class FailsUndisturbed(Exception):
+    """Something is wrong with no fault at all. ``outcome`` says what, as of the sweep's first point."""
+
+    def __init__(self, outcome: Outcome) -> None:
+        super().__init__(outcome.point)
+        self.outcome = outcome
+
+
 class Driver:
     """The process with the subject, from outside."""
 
@@ -306,7 +314,7 @@ class Campaign:
         self._planned = sum(map(len, chunks))
         self._do([self._trying(chunk) for chunk in chunks])
         if self.is_whole:
-            self._do([self._beyond(tally) for tally in self.tallies.values()])
+            self._do([self._beyond(tally) for tally in self.tallies.values() if tally.counted])
         self.passed_s = time.monotonic() - began_s
 
     def try_point(self, point: Point) -> Outcome:
@@ -367,7 +375,11 @@ class Campaign:
     def _counting(self, sweep: Sweep) -> Callable[[_Player], None]:
         def count(player: _Player) -> None:
             if sweep.name not in self.ledger.counts:
-                counts = player.count(sweep)
+                try:
+                    counts = player.count(sweep)
+                except FailsUndisturbed as error:
+                    self._note(Point(sweep, TRANSIENT, 1), error.outcome)
+                    return
                 with self._lock:
                     self.ledger.count(sweep.name, counts)
             for mode in MODES:
@@ -379,7 +391,10 @@ class Campaign:
         """Cut the points into handfuls of the same sweep, and put these into the seed's order."""
         chunks = []
         for (name, mode), tally in self.tallies.items():
-            counts = self.ledger.counts[name]
+            counts = self.ledger.counts.get(name)
+            if counts is None:
+                # It fails with no fault at all.
+                continue
             # Of a sample each has to fire; of the whole it is counted what does.
             numbers = list(range(1, (max(counts) if self.sample is None else max(1, min(counts))) + 1))
             # An order of its own: what another machine counts elsewhere moves no point from one share to another.
@@ -515,13 +530,17 @@ class _Player:
         return self._driver
 
     def count(self, sweep: Sweep) -> list[int]:
-        """Count the points of a sweep: once to warm up, and twice to see whether the count repeats."""
+        """Count the points of a sweep: once to warm up, and twice to see whether the count repeats.
+
+        Raises FailsUndisturbed.
+        """
         point, counts = Point(sweep, TRANSIENT, 1), []
         for _ in range(3):
-            found = self._there().ask(point=point.name, fires=False, anew=False, closely=False)
-            if found["problems"]:
-                raise RuntimeError(f"{sweep.name} fails with no fault at all: {found['problems']} {found['error']}")
-            counts.append(int(found["seen"]))
+            answer, outcome = self._ask(point, fires=False)
+            if outcome.problems:
+                problems = tuple((kind, f"with no fault at all: {text}") for kind, text in outcome.problems)
+                raise FailsUndisturbed(dataclasses.replace(outcome, problems=problems))
+            counts.append(int(answer["seen"]))
         return counts[1:]
 
     def attempt(self, point: Point) -> Outcome:
@@ -536,7 +555,10 @@ class _Player:
 
     def closely(self, point: Point) -> Outcome:
         """Try a point, and then see whether it leaks."""
-        self.count(point.sweep)
+        try:
+            self.count(point.sweep)
+        except FailsUndisturbed as error:
+            return error.outcome
         _, outcome = self._ask(point)
         if not outcome.problems and not outcome.stopped and (text := self._leaks(point)):
             return dataclasses.replace(outcome, problems=(("memory_kept", text),))

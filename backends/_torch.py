@@ -118,7 +118,8 @@ class TorchModel(Model):
 
         def once() -> FloatArray:
             with torch.inference_mode():
-                given = torch.from_numpy(features if features.flags.writeable else features.copy())
+                # A copy: torch aligns it, and a kernel may add in an order that depends on that.
+                given = torch.tensor(features)
                 scores = module(given.to(self._backend.torch_device()))
                 # A copy: it must not keep the whole output.
                 return np.array(scores[:, -(self.chunk_frames // 2) :].cpu().numpy())

@@ -29,6 +29,9 @@ _BLOCKING_SIDE_S = 30.0
 _STANDBY_EVERY_S = 5.0
 #: After a return to the device the fallback's process, unloaded, waits so long for the next time.
 _LINGER_S = 10.0
+#: A worker whose runtime found no memory of the host's so often is replaced before the next inference: ONNX Runtime
+#: 1.32 forgets up to 600 KB each time.
+_STARVED_MOST = 3
 #: After these, every later call in that process fails: it is as good as dead.
 _POISONED = (ErrorKind.PROCESS_LOST, ErrorKind.DEVICE_STICKY, ErrorKind.DEVICE_LOST)
 
@@ -310,8 +313,8 @@ class WorkerEngine:
 
     def _in_use(self) -> Worker | None:
         worker = self._current
-        if worker is not None and worker.ended:
-            # A wait for it was interrupted.
+        if worker is not None and (worker.ended or worker.starved >= _STARVED_MOST):
+            # A wait for it was interrupted; or its runtime keeps what it held when its own requests were refused.
             self._drop(worker)
             return None
         return worker

@@ -93,6 +93,8 @@ class Worker:
         self._starting: list[int] = []
         #: Whether it has made its backend.
         self.started = False
+        #: How often its runtime found no memory of the host's.
+        self.starved = 0
         self.loaded: Mapping[str, Any] = {}
         meta = {
             "share": dict(share.data),
@@ -216,6 +218,7 @@ class Worker:
             self.end()
             raise
         if failure is not None:
+            self.starved += isinstance(failure, RuntimeFailure) and failure.kind is ErrorKind.HOST_OOM
             raise failure
         return frame
 

@@ -42,7 +42,7 @@ _SUSPECT = {"heap_bytes": 1 << 20, "descriptors": 4, "threads": 3, "processes": 
 _SUSPECT_OF_HOST_BYTES = 4 << 20
 #: And at once, beyond the most that it ever held: one point may leak, and no other. A recording that goes on is of the
 #: host, some 100 KB a point.
-_SUSPECT_AT_ONCE = {"heap_bytes": 64 << 10, "descriptors": 2, "threads": 0, "processes": 0}
+_SUSPECT_AT_ONCE = {"heap_bytes": 512 << 10, "descriptors": 2, "threads": 0, "processes": 0}
 _SUSPECT_OF_HOST_AT_ONCE_BYTES = 256 << 10
 #: So often the point is repeated then, with its fault and without; and so much more for each time is a leak.
 _SERIES = 6

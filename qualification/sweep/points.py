@@ -78,18 +78,18 @@ class Point:
 
 #: In the runtime's processes every request of 64 bytes and more, where counts repeat: it computes with one thread, and
 #: questions about its memory, which come when they come, have a thread of their own. What does not repeat is swept at
-#: the sizes that matter: a process that starts maps, imports and profiles (64 KiB and more: libraries, weights,
-#: tensors), and a fallback begins when the attempts before it are over (512 bytes and more).
+#: the sizes that matter: a process that starts maps, imports and profiles (256 KiB and more: libraries, weights,
+#: tensors), and a fallback begins when the attempts before it are over (2 KiB and more).
 _REPEATED_BYTES = 64
-_STARTING_BYTES = 64 << 10
-_FALLING_BACK_BYTES = 512
+_STARTING_BYTES = 256 << 10
+_FALLING_BACK_BYTES = 2048
 #: Where a batch changes its size, torch makes a kernel for it, in thousands of requests that do not repeat.
-_STEPS_BYTES = 16 << 10
+_STEPS_BYTES = 256 << 10
 _NOT_SIDE = "!plimsoll-side"
 #: In the host: 512 bytes and more are what Python takes from the C library for tables, texts, arrays, and SQLite for a
-#: page; the ladder's own part begins where that of the inference ends, and 2 KiB and more are what it moves.
+#: page; the ladder's own part begins where that of the inference ends, and 4 KiB and more are what it moves.
 _HOST_BYTES = 512
-_LADDER_BYTES = 2048
+_LADDER_BYTES = 4096
 
 SWEEPS: tuple[Sweep, ...] = (
     Sweep("start", HOST, _LADDER_BYTES),
@@ -98,7 +98,7 @@ SWEEPS: tuple[Sweep, ...] = (
     Sweep("inference", HOST, _HOST_BYTES),
     Sweep("inference", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),
     Sweep("pressure", HOST, _HOST_BYTES),
-    Sweep("pressure", RUNTIME, _HOST_BYTES),
+    Sweep("pressure", RUNTIME, _FALLING_BACK_BYTES),
     Sweep("cache_clear", HOST, _LADDER_BYTES, needs=Capability.CACHE_OOM),
     Sweep("cache_clear", RUNTIME, _REPEATED_BYTES, _NOT_SIDE, needs=Capability.CACHE_OOM),
     Sweep("garbage_collect", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),

@@ -33,10 +33,18 @@ def test_an_option_like_no_other_is_refused_with_all_names() -> None:
     assert not missing, f"the message leaves out {missing}"
 
 
-NUMBERS = [field.name for field in dataclasses.fields(Policy) if field.name not in ("rungs", "engine", "standby")]
+CHOICES = ("rungs", "engine", "standby", "fork_workers")
+NUMBERS = [field.name for field in dataclasses.fields(Policy) if field.name not in CHOICES]
 
 
-@pytest.mark.parametrize(("name", "value"), [("engine", "thread"), ("engine", 1), ("standby", 1), ("standby", "no")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("engine", "thread"), ("engine", 1)),
+        *(("standby", 1), ("standby", "no"), ("standby", None)),
+        *(("fork_workers", 1), ("fork_workers", 0.0), ("fork_workers", "yes"), ("fork_workers", [True])),
+    ],
+)
 def test_a_choice_that_does_not_exist_is_refused_by_name(name: str, value: Any) -> None:
     with pytest.raises(PolicyError, match=f"{name} is .*: expected"):
         Policy.from_options({name: value})
@@ -103,6 +111,13 @@ def test_the_rungs_are_the_qualifications_strategies() -> None:
 def test_a_spool_limit_that_holds_nothing_is_refused() -> None:
     with pytest.raises(PolicyError, match="spool_limit_bytes is 65535: expected a whole number of at least 65536"):
         Policy(spool_limit_bytes=65_535)
+
+
+@pytest.mark.parametrize("value", [None, True, False])
+def test_workers_are_forked_or_not_or_as_the_runtime_has_it(value: bool | None) -> None:
+    found = Policy.from_options({"fork_workers": value}).fork_workers
+    assert found is value, f"fork_workers is {found!r}"
+    assert Policy().fork_workers is None, f"by default it is {Policy().fork_workers!r}"
 
 
 def test_good_options_are_taken_as_they_are() -> None:

@@ -24,6 +24,7 @@ import numpy as np
 import psutil
 import pytest
 
+import protection.template
 import protection.worker
 import protection.worker_engine
 import protection.worker_process
@@ -48,7 +49,13 @@ class Start(Protocol):
     """Starts an engine that is closed when the test ends; other arguments are deadlines in seconds."""
 
     def __call__(
-        self, backend: Backend | None = None, model: Path = DEFAULT_MODEL, *, standby: bool = False, **deadlines: float
+        self,
+        backend: Backend | None = None,
+        model: Path = DEFAULT_MODEL,
+        *,
+        standby: bool = False,
+        fork_workers: bool | None = None,
+        **deadlines: float,
     ) -> WorkerEngine: ...
 
 
@@ -100,9 +107,19 @@ def start(bounded: Cpu) -> Iterator[Start]:
     with ExitStack() as opened:
 
         def make(
-            backend: Backend | None = None, model: Path = DEFAULT_MODEL, *, standby: bool = False, **deadlines: float
+            backend: Backend | None = None,
+            model: Path = DEFAULT_MODEL,
+            *,
+            standby: bool = False,
+            fork_workers: bool | None = None,
+            **deadlines: float,
         ) -> WorkerEngine:
-            engine = WorkerEngine(backend or bounded, model, deadlines=Deadlines(**deadlines), standby=standby)
+            engine = WorkerEngine(
+                *(backend or bounded, model),
+                deadlines=Deadlines(**deadlines),
+                standby=standby,
+                fork_workers=fork_workers,
+            )
             opened.callback(engine.close)
             return engine
 
@@ -868,6 +885,95 @@ def test_nothing_is_left_after_many_workers(bounded: Cpu, tmp_path: Path, monkey
     assert not files, f"files left behind: {files}"
 
 
+@pytest.fixture
+def templates() -> Iterator[None]:
+    """Have the processes that workers are forked from end with the test."""
+    before = set(psutil.Process().children(recursive=True))
+    yield
+    protection.template.end_all()
+    protection.template._templates.clear()
+    _until(lambda: set(psutil.Process().children(recursive=True)) <= before, "the templates end")
+
+
+@pytest.mark.usefixtures("templates")
+def test_a_worker_is_forked_where_that_is_asked_for(start: Start) -> None:
+    engine = start(fork_workers=True)
+    template = engine._device._template if engine._device else None
+    assert template is not None, "it was started, and not forked"
+    parent = _workers(engine)[0].ppid()
+    assert parent == template.process_id != os.getpid(), f"its parent is {parent}, expected the template"
+    assert _is_right(engine), "the scores of a forked worker differ"
+    engine.restart()
+    again = _workers(engine)[0].ppid()
+    assert again == parent, f"the next worker's parent is {again}, expected {parent}"
+    engine.fall_back()
+    assert engine._fallback is not None and engine._fallback._template is not None, "the fallback was not forked"
+    assert _is_right(engine), "the scores of a forked fallback differ"
+
+
+@pytest.mark.usefixtures("templates")
+@pytest.mark.parametrize(
+    ("is_slow", "fork_workers", "forked"),
+    [(False, None, False), (True, None, True), (True, False, False), (False, False, False)],
+)
+def test_a_worker_is_forked_by_itself_only_where_the_runtime_is_slow_to_import(
+    start: Start, monkeypatch: pytest.MonkeyPatch, is_slow: bool, fork_workers: bool | None, forked: bool
+) -> None:
+    assert Cpu.is_slow_to_import is False, "ONNX Runtime is said to be slow to import"
+    monkeypatch.setattr(Cpu, "is_slow_to_import", is_slow)
+    engine = start(fork_workers=fork_workers)
+    is_child = _workers(engine)[0].ppid() == os.getpid()
+    assert is_child is not forked, f"slow {is_slow}, fork_workers {fork_workers}: forked is {not is_child}"
+
+
+# What ends in the middle.
+
+
+def test_an_engine_whose_close_fails_halfway_ends_the_other_worker_and_is_closed_by_the_next_call(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(threading.enumerate())
+    engine = start(standby=True)
+    device, fallback = _workers(engine)
+    drop, failed = WorkerEngine._drop, list[Any]()
+
+    def fail_once(self: WorkerEngine, worker: Any) -> None:
+        if worker is self._fallback and not failed:
+            failed.append(worker)
+            raise MemoryError("there was none")
+        drop(self, worker)
+
+    monkeypatch.setattr(WorkerEngine, "_drop", fail_once)
+    with pytest.raises(MemoryError, match="there was none"):
+        engine.close()
+    _until(lambda: _gone(device), "the device's worker ends though the fallback's could not be ended")
+    threads = set(threading.enumerate()) - before
+    engine.close()
+    _until(lambda: _gone(fallback), "the second call ends the fallback's worker")
+    assert not threads, f"threads left after the first call: {threads}"
+
+
+def test_a_close_that_fails_once_for_the_devices_worker_can_be_repeated(
+    start: Start, bounded: Cpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start()
+    (device,) = _workers(engine)
+    drop, failed = WorkerEngine._drop, list[Any]()
+
+    def fail_once(self: WorkerEngine, worker: Any) -> None:
+        if worker is not None and not failed:
+            failed.append(worker)
+            raise MemoryError("there was none")
+        drop(self, worker)
+
+    monkeypatch.setattr(WorkerEngine, "_drop", fail_once)
+    with pytest.raises(MemoryError, match="there was none"):
+        engine.close()
+    engine.close()
+    _until(lambda: _gone(device), "the second call ends the worker")
+    assert bounded.load(DEFAULT_MODEL).run(_features()).shape == (4, 50, 32), "the device is not in this process again"
+
+
 # The handle of the device, in the host.
 
 
@@ -927,6 +1033,26 @@ def test_a_question_that_was_given_up_leaves_nothing_behind(
     # It is answered late, and to nobody.
     after = handle.memory().used_bytes
     assert after == before, f"{before} bytes in use before, {after} after"
+    assert _is_right(shared), "the scores differ"
+
+
+def test_what_was_taken_is_given_back_when_the_answer_cannot_be_kept(
+    shared: WorkerEngine, handle: Cpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: Any) -> Any:
+        raise MemoryError("there was none")
+
+    before = handle.memory().used_bytes
+    monkeypatch.setattr(protection.worker_engine, "_Remote", no_memory)
+    with pytest.raises(MemoryError, match="there was none"):
+        handle.allocate(8 * MIB)
+    monkeypatch.undo()
+    # It goes with the next question.
+    handle.memory()
+    after = handle.memory().used_bytes
+    assert after == before, f"{before} bytes in use before, {after} after"
+    held = handle.allocate(8 * MIB)
+    held.free()
     assert _is_right(shared), "the scores differ"
 
 

@@ -6,13 +6,13 @@ import functools
 
 import numpy as np
 import numpy.typing as npt
+from numpy.fft import rfft
 
 from backends.model import FRAME_SAMPLES, HOP_SAMPLES, N_MELS, SAMPLE_RATE_HZ
 
 _FFT = 512
 
 
-@functools.cache
 def _filterbank() -> npt.NDArray[np.float32]:
     """Triangular filters on the HTK mel scale, float32 [257, 80]."""
 
@@ -27,13 +27,16 @@ def _filterbank() -> npt.NDArray[np.float32]:
     return np.maximum(0.0, np.minimum(rising, falling)).astype(np.float32)
 
 
-@functools.cache
 def _filters() -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float32]]:
     """Give the few bins that each filter lets through, [80, most], and their weights; those behind the last have 0."""
     filterbank = _filterbank()
     most = int(np.count_nonzero(filterbank, axis=0).max())
     bins = np.argsort(filterbank == 0, axis=0, kind="stable")[:most].T
     return bins, np.take_along_axis(filterbank, bins.T, axis=0).T.copy()
+
+
+#: Made before there is a recording: it takes what ``log_mel`` does without.
+_BINS, _WEIGHTS = _filters()
 
 
 @functools.lru_cache(maxsize=4)
@@ -53,8 +56,7 @@ def log_mel(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """
     frames = np.lib.stride_tricks.sliding_window_view(samples, FRAME_SAMPLES)[::HOP_SAMPLES].copy()
     np.multiply(frames, _windows(len(frames)), out=frames)
-    spectrum = np.fft.rfft(frames, _FFT)
+    spectrum = rfft(frames, _FFT)
     power = (spectrum.real**2 + spectrum.imag**2).astype(np.float32, copy=False)
-    bins, weights = _filters()
-    energies: npt.NDArray[np.float32] = np.einsum("fmb,mb->fm", np.take(power, bins, axis=1), weights)
+    energies: npt.NDArray[np.float32] = np.einsum("fmb,mb->fm", np.take(power, _BINS, axis=1), _WEIGHTS)
     return np.log(np.maximum(energies, np.float32(1e-10)))

@@ -45,6 +45,38 @@ def _until(condition: Callable[[], bool], what: str, within_s: float = 10.0) -> 
         time.sleep(0.01)
 
 
+# The board.
+
+
+def test_a_board_that_could_not_be_mapped_leaves_no_descriptor(in_child: Callable[[str], Any]) -> None:
+    found = in_child("""
+import json, resource
+from pathlib import Path
+from backends.faults.plan import Board
+
+def descriptors():
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+kept = Board()
+before, (soft, hard) = descriptors(), resource.getrlimit(resource.RLIMIT_AS)
+errors = []
+for _ in range(20):
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 20, hard))
+    try:
+        Board()
+        error = ""
+    except OSError as failure:
+        error = failure.strerror
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    errors.append(error)
+print(json.dumps([errors, before, descriptors()]))
+""")
+    errors, before, after = found
+    assert set(errors) == {"Cannot allocate memory"}, f"mapped without room: {errors}"
+    assert after == before, f"{before} descriptors before, {after} after"
+
+
 # Counting.
 
 

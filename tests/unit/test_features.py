@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
+from backends.faults import interposer
+from backends.faults.interposer import Control
 from protection.features import log_mel
 
 FFT = 512
@@ -85,3 +90,71 @@ def test_frames_of_a_part_are_frames_of_the_whole(audio: Callable[[float], npt.N
     whole, part = log_mel(samples), log_mel(samples[160 * 20 :])
     worst = float(np.max(np.abs(whole[20:] - part)))
     assert worst < 1e-5, f"a window cut out of a stream has other frames than the stream: they differ by {worst:.1e}"
+
+
+# Each request of the call is refused in a process of its own, which has not called it before or has: what came of it.
+SWEEP = """
+import json, os
+import numpy as np
+from backends.contract import FaultPlan, Site
+from backends.faults.interposer import Control
+from protection import features
+
+control = Control.attached()
+samples = (np.random.RandomState(5).standard_normal(24240) * 0.1).astype(np.float32)
+if not IS_FIRST:
+    features.log_mel(samples)
+
+
+def attempt(nth, times):
+    plan = FaultPlan(Site.HOST_ALLOCATION, nth=nth, times=times, min_bytes=64, process=str(os.getpid()))
+    control.prepare(plan)
+    control.begin()
+    try:
+        found = features.log_mel(samples)
+        control.end()
+    # NumPy does not always say what there was no memory for.
+    except (MemoryError, SystemError):
+        control.end()
+        return 1
+    return 0 if np.array_equal(found, features.log_mel(samples)) else 2
+
+
+found = []
+for times in (1, None):
+    for nth in range(1, 2000):
+        child = os.fork()
+        if not child:
+            status = 3
+            try:
+                status = attempt(nth, times)
+            finally:
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        fired = control.record().faults_fired
+        found.append([times, nth, fired, status])
+        if not fired:
+            break
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.parametrize("is_first", [True, False], ids=["the first time", "later"])
+def test_without_memory_features_are_right_or_an_error_and_never_the_end_of_the_process(
+    in_child: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_first: bool
+) -> None:
+    if (refused := interposer.refusal()) is not None:
+        pytest.skip(f"not run: {refused}")
+    for name, value in Control.create(tmp_path / "control").environment(os.environ).items():
+        monkeypatch.setenv(name, value)
+    # A process of one thread may be forked.
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    found = in_child(SWEEP.replace("IS_FIRST", str(is_first)))
+    ends = [[times, status] for times, _, fired, status in found if not fired]
+    assert ends == [[1, 0], [None, 0]], f"alone, and with all that follow, until nothing is refused: {ends}"
+    raised = [each for each in found if each[3] == 1]
+    assert len(raised) >= 10, f"only {len(raised)} requests that were refused were an error: nothing is shown"
+    ended = [each for each in found if each[3] not in (0, 1, 2)]
+    assert not ended, f"[times, nth, fired, status] of processes that ended of it: {ended}"
+    wrong = [each for each in found if each[3] == 2]
+    assert not wrong, f"other features than with memory: {wrong}"

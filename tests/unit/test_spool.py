@@ -210,6 +210,39 @@ def test_closing_frees_the_folder_and_a_second_call_does_nothing(tmp_path: Path)
     second.close()
 
 
+class _CannotCloseYet:
+    """SQLite's connection, when there is no memory for its last statement."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self._db, self.asked = db, 0
+
+    def close(self) -> None:
+        self.asked += 1
+        if self.asked == 1:
+            raise sqlite3.OperationalError("out of memory")
+        self._db.close()
+
+
+def test_the_folder_is_free_though_the_database_could_not_be_closed(tmp_path: Path, audio: Audio) -> None:
+    first = Spool(tmp_path / "s", RATE)
+    first.append(0, audio(0.1))
+    failing = _CannotCloseYet(first._db)
+    first._db = failing  # type: ignore[assignment]
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(sqlite3.OperationalError, match="out of memory"):
+        first.close()
+    freed = descriptors - len(list(Path("/proc/self/fd").iterdir()))
+    assert freed == 1, f"{freed} descriptors were closed, expected the lock's"
+    with contextlib.closing(Spool(tmp_path / "s", RATE)) as second:
+        assert second.accepted == 1600, f"{second.accepted} samples are there"
+        # It closes what it did not, and nothing of the other's.
+        first.close()
+        first.close()
+        assert failing.asked == 2, f"the database was asked {failing.asked} times to close"
+        with pytest.raises(SpoolBusy):
+            Spool(tmp_path / "s", RATE)
+
+
 # Full, and not writable.
 
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 import onnx
+import psutil
 import pytest
 from onnx import TensorProto, helper
 
@@ -21,12 +22,14 @@ from backends.contract import FaultPlan, Site
 from backends.cpu import Cpu
 from backends.faults import ballast
 from backends.model import DEFAULT_MODEL
+from backends.threads import Thread
 from protection.engine import InProcessEngine
 from protection.events import Event, EventKind
 from protection.pipeline import DictationPipeline, NotRecording, PipelineClosed
 from protection.policy import RUNGS, Policy
 from protection.pressure import Level
-from protection.spool import AudioError, Result, SpoolBusy, SpoolFull
+from protection.spool import AudioError, Result, Spool, SpoolBusy, SpoolFull
+from protection.worker_engine import WorkerEngine
 from qualification.subject import EVENT_KINDS, STRATEGIES
 
 MIB = 1 << 20
@@ -666,6 +669,124 @@ def test_a_pipeline_leaves_no_thread_behind(start: Open, audio: Audio) -> None:
             pipeline.feed(0, audio(0.5))
     left = [thread.name for thread in set(threading.enumerate()) - before]
     assert not left, f"threads left behind: {left}"
+
+
+# What begins or ends without memory.
+
+
+@pytest.mark.parametrize(
+    ("name", "numbered"),
+    [("plimsoll-work", False), ("plimsoll-work", True), ("plimsoll-pressure", False)],
+    ids=["work", "work that had its number", "pressure"],
+)
+def test_a_pipeline_that_cannot_begin_leaves_the_folder_free_and_no_worker(
+    tmp_path: Path, bounded: Cpu, audio: Audio, monkeypatch: pytest.MonkeyPatch, name: str, numbered: bool
+) -> None:
+    class CannotBegin(Thread):
+        def start(self) -> None:
+            if self.name == name:
+                # Python numbers a thread before it has all that it needs.
+                self._ident = 1 if numbered else None
+                raise MemoryError("a thread had no memory to begin")
+            super().start()
+
+    before, threads = set(psutil.Process().children(recursive=True)), set(threading.enumerate())
+    monkeypatch.setattr(protection.pipeline, "Thread", CannotBegin)
+    began_s = time.monotonic()
+    with pytest.raises(MemoryError, match="a thread had no memory to begin"):
+        DictationPipeline(tmp_path / "a", WorkerEngine(bounded, DEFAULT_MODEL))
+    took_s = time.monotonic() - began_s
+    left = set(psutil.Process().children(recursive=True)) - before
+    assert not left, f"processes left behind: {left}"
+    _until(lambda: set(threading.enumerate()) <= threads, "its threads end")
+    assert took_s < 10.0, f"it took {took_s:.1f} s to say so"
+    monkeypatch.undo()
+    with DictationPipeline(tmp_path / "a", InProcessEngine(bounded, DEFAULT_MODEL)) as pipeline:
+        _feed(pipeline, audio(1.0))
+        pipeline.drain(10.0)
+        _tile(pipeline.results(), SECOND)
+
+
+def test_a_pipeline_whose_spool_cannot_even_be_closed_ends_its_worker(
+    tmp_path: Path, bounded: Cpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object) -> None:
+        raise MemoryError("there was none")
+
+    before = set(psutil.Process().children(recursive=True))
+    monkeypatch.setattr(Thread, "start", no_memory)
+    monkeypatch.setattr(Spool, "close", no_memory)
+    with pytest.raises(MemoryError, match="there was none"):
+        DictationPipeline(tmp_path / "a", WorkerEngine(bounded, DEFAULT_MODEL))
+    monkeypatch.undo()
+    left = set(psutil.Process().children(recursive=True)) - before
+    assert not left, f"processes left behind: {left}"
+
+
+def test_a_close_that_was_cut_short_can_be_repeated(
+    tmp_path: Path, bounded: Cpu, audio: Audio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = set(threading.enumerate())
+    engine = InProcessEngine(bounded, DEFAULT_MODEL)
+    pipeline = DictationPipeline(tmp_path / "a", engine)
+    _feed(pipeline, audio(1.0))
+    pipeline.drain(10.0)
+    shutdown, asked = DictationPipeline.shutdown, []
+
+    def fail_once(self: DictationPipeline, reason: str) -> None:
+        asked.append(reason)
+        if len(asked) == 1:
+            raise MemoryError("there was none")
+        shutdown(self, reason)
+
+    monkeypatch.setattr(DictationPipeline, "shutdown", fail_once)
+    with pytest.raises(MemoryError, match="there was none"):
+        pipeline.close()
+    with Spool(tmp_path / "a", SECOND) as spool:
+        assert spool.accepted == SECOND, f"{spool.accepted} samples are there"
+    pipeline.close()
+    pipeline.close()
+    assert asked == ["closed"] * 2, f"it was shut down {len(asked)} times: expected once for each close that had work"
+    _until(lambda: set(threading.enumerate()) <= threads, "its threads end")
+    assert engine._closed, "the engine is open"
+
+
+def test_an_engine_that_cannot_be_closed_at_once_is_closed_a_moment_later(
+    tmp_path: Path, bounded: Cpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    close, asked = InProcessEngine.close, []
+
+    def fail_twice(self: InProcessEngine) -> None:
+        asked.append(self)
+        if len(asked) <= 2:
+            raise MemoryError("there was none")
+        close(self)
+
+    monkeypatch.setattr(InProcessEngine, "close", fail_twice)
+    engine = InProcessEngine(bounded, DEFAULT_MODEL)
+    DictationPipeline(tmp_path / "a", engine).close()
+    assert len(asked) == 3 and engine._closed, f"asked {len(asked)} times, closed: {engine._closed}"
+
+
+@pytest.mark.parametrize("what", ["waits", "weighs"])
+def test_memory_is_watched_after_the_watcher_had_none_itself(
+    start: Open, bounded: Cpu, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    pipeline = start(pressure_interval_s=0.02)
+    place, name = (pipeline._wake, "wait_for") if what == "waits" else (pipeline._device_pressure, "update")
+    act, failed = getattr(place, name), list[str]()
+
+    def fail_at_first(*arguments: Any) -> Any:
+        if threading.current_thread().name == "plimsoll-pressure" and len(failed) < 5:
+            failed.append(name)
+            raise MemoryError("there was none")
+        return act(*arguments)
+
+    monkeypatch.setattr(place, name, fail_at_first)
+    _until(lambda: len(failed) == 5, "the watcher fails five times")
+    held = _hold(bounded, 0.92)
+    _until(_told(pipeline, "pressure_critical"), "the user is told that memory is short")
+    held.free()
 
 
 @pytest.mark.parametrize(

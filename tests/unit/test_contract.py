@@ -6,9 +6,11 @@ A claimed yes is proved live. A no is a strict expected failure: its proof must 
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator
@@ -39,9 +41,10 @@ from backends.contract import (
     no,
 )
 from backends.errors import ErrorKind, classify
-from backends.faults import ballast
+from backends.faults import ballast, interposer
 from backends.faults.ballast import HostBallast, Neighbour
 from backends.faults.cuda_ballast import DeviceBallast
+from backends.faults.interposer import Control
 from backends.model import DEFAULT_MODEL
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -407,6 +410,65 @@ except Exception as error:
     return subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, pass_fds=share.descriptors)
 
 
+def _refused(device: Backend, in_child: InChild, site: Site, min_bytes: int) -> tuple[str, FaultRecord, bool, bool]:
+    """Refuse one request of a run, in a process that has the device and is under the interposer.
+
+    Gives the error, the record, whether it struck in that process, and whether the next run is right.
+    """
+    if (reason := interposer.refusal()) is not None:
+        pytest.skip(f"not run: {reason}")
+    limit = f"host.limit_memory({LIMIT_BYTES})" if device.capabilities[Capability.MEMORY_LIMIT].yes else ""
+    program = f"""
+import json, os
+import numpy as np, backends
+from backends.contract import FaultPlan, Site
+from backends.errors import classify
+from backends.faults.interposer import Control
+from backends.model import DEFAULT_MODEL
+host = backends.create({device.name!r})({device.device!r})
+{limit}
+share = dict(host.share().data)
+# As a worker has it: the model runs in this process.
+device = backends.rebuild({{**share, "board": os.dup(share["board"])}})
+model = device.load(DEFAULT_MODEL)
+features = np.random.RandomState(3).standard_normal(({BATCH}, model.window_frames, 80)).astype(np.float32)
+expected = model.run(features)
+device.release_cached()
+kind = "none"
+with device.arm(FaultPlan(Site({site.value!r}), min_bytes={min_bytes})) as fault:
+    try:
+        model.run(features)
+    except Exception as error:
+        kind = classify(error).value
+    record = fault.record()
+here = Control.attached().fired_process() == os.getpid()
+same = bool(np.array_equal(model.run(features), expected))
+print(json.dumps([kind, record.to_json(), here, same]))
+"""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patched:
+        for name, value in Control.create(Path(folder) / "control").environment(os.environ).items():
+            patched.setenv(name, value)
+        kind, record, here, same = in_child(program)
+    return kind, FaultRecord.from_json(record), here, same
+
+
+def _prove_allocation_faults(device: Backend, in_child: InChild) -> None:
+    # What the model computes in, and nothing of Python's.
+    kind, record, here, same = _refused(device, in_child, Site.HOST_ALLOCATION, MIB)
+    assert ErrorKind(kind).is_oom, f"a run with a request refused is {kind}"
+    assert (record.faults_fired, record.provenance) == (1, Provenance.INTERPOSED), f"the record is {record}"
+    assert here, f"it struck in another process than the one that runs the model: {record}"
+    assert same, "the next run has other scores"
+
+
+def _prove_device_allocation_faults(device: Backend, in_child: InChild) -> None:
+    for site, expected in ((Site.DEVICE_ALLOCATION, {ErrorKind.DEVICE_OOM.value}), (Site.DEVICE_LAUNCH, None)):
+        kind, record, here, _ = _refused(device, in_child, site, 1)
+        assert kind in expected if expected else kind != "none", f"{site.value}: the error is {kind}"
+        assert (record.faults_fired, record.provenance) == (1, Provenance.INTERPOSED), f"{site.value}: {record}"
+        assert here, f"{site.value}: it struck in another process than the one that runs the model: {record}"
+
+
 PROOFS: dict[Capability, Callable[[Backend, InChild], None]] = {
     Capability.MEMORY_LIMIT: _prove_memory_limit,
     Capability.RELEASE_CACHED: _prove_release_cached,
@@ -418,6 +480,8 @@ PROOFS: dict[Capability, Callable[[Backend, InChild], None]] = {
     Capability.DEVICE_ERROR: _prove_device_error,
     Capability.RUNTIME_CRASH: _prove_runtime_crash,
     Capability.DEVICE_MEMORY_OF_OTHERS: _prove_device_memory_of_others,
+    Capability.ALLOCATION_FAULTS: _prove_allocation_faults,
+    Capability.DEVICE_ALLOCATION_FAULTS: _prove_device_allocation_faults,
 }
 
 
@@ -450,6 +514,28 @@ def test_arming_a_fault_that_is_not_supported_is_refused(device: Backend) -> Non
         else:
             with pytest.raises(Unsupported, match=capability.value):
                 device.arm(FaultPlan(site))
+
+
+def test_single_allocations_are_refused_only_under_the_interposer(device: Backend) -> None:
+    _needs(device, Capability.ALLOCATION_FAULTS)
+    with pytest.raises(BackendError, match="host_allocation needs a process that was started under the interposer"):
+        device.arm(FaultPlan(Site.HOST_ALLOCATION))
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_allocations_of_the_device_can_be_refused_where_it_has_memory_of_its_own(name: str) -> None:
+    made = backends.create(name)
+    assert made.capabilities[Capability.ALLOCATION_FAULTS].yes, f"{name} says no to allocation_faults"
+    claimed, has_card = made.capabilities[Capability.DEVICE_ALLOCATION_FAULTS].yes, name.endswith("-cuda")
+    assert claimed is has_card, f"{name}: device_allocation_faults is {claimed}, expected {has_card}"
+
+
+@pytest.mark.parametrize("site", [Site.DEVICE_ALLOCATION, Site.DEVICE_LAUNCH], ids=lambda s: s.value)
+def test_a_device_without_memory_of_its_own_has_none_to_refuse(device: Backend, site: Site) -> None:
+    if device.capabilities[Capability.DEVICE_ALLOCATION_FAULTS].yes:
+        pytest.skip(f"{device.name} has a device with memory of its own")
+    with pytest.raises(Unsupported, match="device_allocation_faults"):
+        device.arm(FaultPlan(site))
 
 
 # What each fault is, shown by what cures it and what does not.

@@ -169,6 +169,9 @@ class TorchCpu(HostDevice, KeptDevice, TorchBackend):
                 note(error, Diagnosis(kind, Shortage.CAPPED))
                 # With nothing at its free end, the heap has no room for a block where mmap had none.
                 heap_trim()
+            elif _NO_KERNEL in str(error):
+                # Without a cap it is the host that had none.
+                note(error, Diagnosis(ErrorKind.HOST_OOM))
             raise
 
     def computed(self, act: Callable[[], T]) -> T:

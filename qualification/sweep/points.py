@@ -87,12 +87,14 @@ _FALLING_BACK_BYTES = 2048
 _STEPS_BYTES = 256 << 10
 _NOT_SIDE = "!plimsoll-side"
 #: In the host: 512 bytes and more are what Python takes from the C library for tables, texts, arrays, and SQLite for a
-#: page; the ladder's own part begins where that of the inference ends, and 4 KiB and more are what it moves.
+#: page; the ladder's own part begins where that of the inference ends, and 4 KiB and more are what it moves. A point
+#: that costs a start or a new kernel, a second each, is one of 8 KiB and more: modules, pages, audio, features.
 _HOST_BYTES = 512
 _LADDER_BYTES = 4096
+_COSTLY_BYTES = 8192
 
 SWEEPS: tuple[Sweep, ...] = (
-    Sweep("start", HOST, _LADDER_BYTES),
+    Sweep("start", HOST, _COSTLY_BYTES),
     Sweep("start", RUNTIME, _STARTING_BYTES),
     Sweep("feed", HOST, 16, "main"),
     Sweep("inference", HOST, _HOST_BYTES),
@@ -102,9 +104,9 @@ SWEEPS: tuple[Sweep, ...] = (
     Sweep("cache_clear", HOST, _LADDER_BYTES, needs=Capability.CACHE_OOM),
     Sweep("cache_clear", RUNTIME, _REPEATED_BYTES, _NOT_SIDE, needs=Capability.CACHE_OOM),
     Sweep("garbage_collect", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),
-    Sweep("reduce_buffer", HOST, _LADDER_BYTES),
+    Sweep("reduce_buffer", HOST, _COSTLY_BYTES),
     Sweep("reduce_buffer", RUNTIME, _STEPS_BYTES, _NOT_SIDE),
-    Sweep("restart_worker", HOST, _LADDER_BYTES),
+    Sweep("restart_worker", HOST, _COSTLY_BYTES),
     Sweep("restart_worker", RUNTIME, _STARTING_BYTES),
     Sweep("cpu_fallback", HOST, _LADDER_BYTES),
     Sweep("cpu_fallback", RUNTIME, _FALLING_BACK_BYTES, _NOT_SIDE),
@@ -115,7 +117,7 @@ SWEEPS: tuple[Sweep, ...] = (
     Sweep("toggle", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),
     Sweep("shutdown", HOST, 64),
     Sweep("shutdown", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),
-    Sweep("resume", HOST, _LADDER_BYTES),
+    Sweep("resume", HOST, _COSTLY_BYTES),
     Sweep("resume", RUNTIME, _STARTING_BYTES),
 )
 #: The same for the device's own memory, where it has one.

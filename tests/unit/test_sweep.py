@@ -803,8 +803,9 @@ def test_a_subject_that_cannot_be_made_is_told_with_its_reason(new_campaign: New
 
 
 def test_a_subject_that_fails_with_no_fault_is_told_and_not_swept(new_campaign: NewCampaign) -> None:
-    with pytest.raises(RuntimeError, match=r"feed/host fails with no fault at all: .*feeds_not_durable"):
-        new_campaign("DoesNotSync").run()
+    played = new_campaign("DoesNotSync")
+    played.run()
+    assert played.count("feeds_not_durable") == 1 and played.unfired() == ["feed/host"], played.failures
 
 
 @pytest.mark.usefixtures("_interposed")
@@ -814,7 +815,7 @@ def test_a_process_that_is_killed_is_lost_and_not_waited_for(tmp_path: Path) -> 
         os.kill(driver.process.pid, signal.SIGKILL)
         began_s = time.monotonic()
         with pytest.raises(DriverLost, match="it ended with status -9") as caught:
-            driver.ask(point="feed/host/transient/1", fires=True, anew=False)
+            driver.ask(point="feed/host/transient/1", fires=True, anew=False, closely=False)
         assert not caught.value.hung and time.monotonic() - began_s < 5.0, "it was waited for"
     finally:
         driver.close()

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import queue
 import threading
@@ -82,6 +83,8 @@ class Thread(threading.Thread):
             if self._claim.acquire(blocking=False):
                 # Python keeps a thread that did not begin: not what it was for, too.
                 del self._act
+                with contextlib.suppress(AttributeError):
+                    threading._limbo.pop(self, None)  # type: ignore[attr-defined]  # where it keeps it
                 raise
             # It is there all the same: only looking for it failed.
             begun.wait()
@@ -117,16 +120,20 @@ class OneThread:
         self._tasks: queue.SimpleQueue[_Task[Any] | None] = queue.SimpleQueue()
         self._thread: Thread | None = None
         self._lock = threading.Lock()
+        self._closed = False
 
     def do(self, act: Callable[[], T]) -> T:
         """Have it done there, and give the result. Raises what it raises, or MemoryError without a thread."""
         task = _Task(act)
         with self._lock:
+            if self._closed:
+                raise RuntimeError(f"the thread {self._name} was closed: it does no more")
             if self._thread is None:
                 thread = Thread(self._serve, self._name)
                 thread.start()
                 self._thread = thread
-        self._tasks.put(task)
+            # Before it can be closed: else nobody would do it.
+            self._tasks.put(task)
         task.over.acquire()
         if task.error is not None:
             try:
@@ -158,7 +165,9 @@ class OneThread:
     def close(self) -> None:
         """End the thread once it has done what it was given. A second call does nothing."""
         with self._lock:
+            self._closed = True
             thread, self._thread = self._thread, None
+            if thread is not None:
+                self._tasks.put(None)
         if thread is not None:
-            self._tasks.put(None)
             thread.join()

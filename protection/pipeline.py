@@ -367,6 +367,8 @@ class DictationPipeline:
                 return
             except Exception:
                 # What there was no memory for now, there may be in a moment.
+                with contextlib.suppress(Exception):
+                    _log.warning("the engine could not be closed yet", exc_info=True)
                 time.sleep(_STORAGE_BACKOFF_S[0])
         _log.error("the engine could not be closed: its workers end with this process")
 
@@ -699,6 +701,8 @@ class DictationPipeline:
                 self._watch_on()
             except Exception:
                 # Not even waiting worked: memory is that short, and that is when it has to be watched.
+                with contextlib.suppress(Exception):
+                    _log.debug("watching memory failed", exc_info=True)
                 time.sleep(self._policy.pressure_interval_s)
 
     def _watch_on(self) -> None:

@@ -575,7 +575,7 @@ class Spool(SpoolView):
             try:
                 super().close()
             finally:
-                # Last: whoever opens it next finds nothing half closed.
+                # Last, and whatever happened: who holds it does not use the database any more.
                 lock_fd, self._lock_fd = self._lock_fd, -1
                 if lock_fd >= 0:
                     os.close(lock_fd)

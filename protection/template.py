@@ -64,8 +64,9 @@ class Forked:
         """Watch a process by this descriptor (pidfd), which is taken over."""
         self.pid = process_id
         self.returncode: int | None = None
-        self._template, self._descriptor = template, descriptor
         self._reaping = threading.Lock()
+        # Last: whoever gave it closes it where this object could not be made.
+        self._template, self._descriptor = template, descriptor
 
     def poll(self) -> int | None:
         """Give its exit status, negative for a signal, or None while it runs."""
@@ -91,7 +92,8 @@ class Forked:
 
     def __del__(self) -> None:
         # Not before: another thread may be waiting on it.
-        os.close(self._descriptor)
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
 
 
 class Template:

@@ -318,7 +318,9 @@ class Worker:
                     self._process.kill()
             self._process.wait()
         finally:
-            # A worker that finds its connections closed ends.
+            # One that hangs does not see that its connections are closed.
+            with contextlib.suppress(Exception):
+                self._process.kill()
             self._close()
 
     def _lost(self, cause: str, why: str) -> WorkerLost:

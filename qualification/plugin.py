@@ -492,7 +492,10 @@ def campaign(
             folder=folder,
         )
 
-    def make(sweeps: Sequence[Sweep], sample: int | None = None) -> Campaign:
+    not_run: dict[str, str] = {}
+
+    def make(sweeps: Sequence[Sweep], sample: int | None = None, without: Mapping[str, str] | None = None) -> Campaign:
+        not_run.update(without or {})
         seed, shard = int(parameter("seed")), option("--shard")
         ledger = None
         if sample is None and option("--point") is None:
@@ -510,6 +513,9 @@ def campaign(
         return found
 
     yield make
+    for sweep, reason in not_run.items():
+        run.notes.append(f"NOT RUN {sweep} - {reason}")
+        run.write_sweep(test=name, sweep=sweep, not_run=reason)
     for each in made:
         each.ledger.close()
         run.notes.append(f"sweep with {model.name}: {each.summary()}")

@@ -101,7 +101,8 @@ class Driver:
             )
         self._pending = b""
         try:
-            self._receive(_START_S)
+            #: Whether the subject says what a user could get back.
+            self.recovers = bool(self._receive(_START_S)["recovers"])
         except DriverLost as error:
             self.close()
             raise RuntimeError(f"the subject cannot be swept: {error}") from None
@@ -234,12 +235,16 @@ class Ledger:
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 for line in lines[1:]:
                     self._take(json.loads(line))
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        # Beside it, and then moved: a kill meanwhile loses nothing of the earlier run.
+        beside = path.with_suffix(".new")
+        beside.unlink(missing_ok=True)
+        self._file = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         self._write(head)
         for sweep, counts in self.counts.items():
             self._write(json.dumps({"sweep": sweep, "counts": counts}))
         for outcome in self.outcomes.values():
             self._write(json.dumps(dataclasses.asdict(outcome)))
+        beside.replace(path)
 
     def _take(self, line: dict[str, Any]) -> None:
         if "sweep" in line:
@@ -250,8 +255,9 @@ class Ledger:
         self.outcomes[outcome.point] = outcome
 
     def _write(self, line: str) -> None:
-        if self._path is not None:
-            os.write(self._file, f"{line}\n".encode())
+        rest = f"{line}\n".encode() if self._path is not None else b""
+        while rest:
+            rest = rest[os.write(self._file, rest) :]
 
     def count(self, sweep: str, counts: list[int]) -> None:
         """Keep how many points a sweep has."""
@@ -292,6 +298,10 @@ class Campaign:
     say: Callable[[str], None] = lambda _: None
     tallies: dict[tuple[str, str], Tally] = field(default_factory=dict)
     failures: list[Outcome] = field(default_factory=list)
+    #: Whether the subject says what a user could get back: else samples that were stored cannot be compared.
+    recovers: bool = True
+    #: Points that an earlier run of this campaign tried.
+    resumed: int = 0
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -359,13 +369,18 @@ class Campaign:
         finally:
             player.close()
 
+    @property
+    def is_stopping(self) -> bool:
+        """Whether it is to end: another failed, or the user asked."""
+        return self._stopping.is_set()
+
     def _progress(self) -> str:
         with self._lock:
             tried, fired = self._tried, sum(tally.fired for tally in self.tallies.values())
         if not self._planned:
             return "counting the points"
         passed_s = time.monotonic() - self._began_s
-        left_s = passed_s / max(1, tried) * (self._planned - tried)
+        left_s = passed_s / max(1, tried - self.resumed) * (self._planned - tried)
         failed = f", {len(self.failures)} failed" if self.failures else ""
         of = max(tried, self._planned)
         return f"{tried} of {of} points, {fired} fired{failed}, about {max(0.0, left_s) / 60:.1f} min left"
@@ -411,6 +426,7 @@ class Campaign:
 
     def _trying(self, points: Sequence[Point]) -> Callable[[_Player], None]:
         def attempt(player: _Player) -> None:
+            player.begin_anew()
             for point in points:
                 while not self._stopping.is_set():
                     fired = self._one(player, point).fired
@@ -429,15 +445,18 @@ class Campaign:
             for number in range(first, first + _MOST_BEYOND):
                 if self._stopping.is_set():
                     return
-                if not self._one(player, Point(tally.sweep, tally.mode, number)).fired:
-                    tally.complete = True
+                outcome = self._one(player, Point(tally.sweep, tally.mode, number))
+                if not outcome.fired:
+                    tally.complete = not (outcome.problems or outcome.stopped)
                     return
 
         return go_on
 
     def _one(self, player: _Player, point: Point) -> Outcome:
         outcome = self.ledger.outcomes.get(point.name)
-        if outcome is None:
+        if outcome is not None:
+            self.resumed += 1
+        else:
             began_s = time.monotonic()
             outcome = player.attempt(point)
             outcome = dataclasses.replace(outcome, took_s=round(time.monotonic() - began_s, 3))
@@ -481,8 +500,10 @@ class Campaign:
         if fired:
             parts.append(f"runtime_died {died} ({died / fired:.1%})")
         parts.append(f"host stopped, and resumed, {sum(tally.host_stopped for tally in tallies)}")
+        if self.resumed:
+            parts.append(f"{self.resumed} tried by an earlier run")
         if self.passed_s:
-            parts.append(f"{self.passed_s:.0f} s, {tried / self.passed_s:.1f} points/s")
+            parts.append(f"{self.passed_s:.0f} s, {(tried - self.resumed) / self.passed_s:.1f} points/s")
         return ", ".join(parts)
 
     def unfired(self) -> list[str]:
@@ -511,7 +532,8 @@ class _Player:
     def __init__(self, campaign: Campaign, number: int) -> None:
         self._campaign, self._number = campaign, number
         self._driver: Driver | None = None
-        #: What each process held when it was first seen, and what the host did as its recording began.
+        self._anew = False
+        #: What each process held when it was first seen.
         self._first: dict[str, dict[str, int]] = {}
         #: And the most of each that it has held since.
         self._most: dict[str, dict[str, int]] = {}
@@ -525,9 +547,14 @@ class _Player:
         if self._driver is None:
             folder = self._campaign.folder / f"player-{self._number}"
             self._driver = Driver(self._campaign.setting(str(folder)), self._campaign.folder / "stderr.log")
+            self._campaign.recovers = self._driver.recovers
             self._first.clear()
             self._most.clear()
         return self._driver
+
+    def begin_anew(self) -> None:
+        """Have the next point begin a recording of its own."""
+        self._anew = True
 
     def count(self, sweep: Sweep) -> list[int]:
         """Count the points of a sweep: once to warm up, and twice to see whether the count repeats.
@@ -545,11 +572,13 @@ class _Player:
 
     def attempt(self, point: Point) -> Outcome:
         """Try a point; whatever is suspected to leak is looked at closely."""
-        answer, outcome = self._ask(point)
+        anew, self._anew = self._anew, False
+        answer, outcome = self._ask(point, anew=anew)
         if answer and not outcome.problems and (suspected := self._suspected(answer)):
-            closely = self._leaks(point)
-            if closely:
-                return dataclasses.replace(outcome, problems=(("memory_kept", f"{closely} (seen first: {suspected})"),))
+            if problems := self._leaks(point):
+                return dataclasses.replace(
+                    outcome, problems=tuple((kind, f"{text} (seen first: {suspected})") for kind, text in problems)
+                )
             self._first.clear()
         return outcome
 
@@ -560,8 +589,8 @@ class _Player:
         except FailsUndisturbed as error:
             return error.outcome
         _, outcome = self._ask(point)
-        if not outcome.problems and not outcome.stopped and (text := self._leaks(point)):
-            return dataclasses.replace(outcome, problems=(("memory_kept", text),))
+        if not outcome.problems and not outcome.stopped and (problems := self._leaks(point)):
+            return dataclasses.replace(outcome, problems=problems)
         return outcome
 
     def _ask(
@@ -594,7 +623,7 @@ class _Player:
         problems: list[tuple[str, str]] = []
         if error.hung:
             problems.append(("hangs", str(error)))
-        elif not (point.persistent and point.sweep.target == HOST and driver.board.was_armed()):
+        elif not (point.persistent and point.sweep.target == HOST and driver.board.was_armed() and record.faults_fired):
             # The host has to live. Only while it is refused everything may it end.
             problems.append(("hosts_lost", str(error)))
         self.close()
@@ -619,8 +648,7 @@ class _Player:
         suspected = ""
         for process, now in answer["held"].items():
             host = process == answer["host"]
-            name = answer["recording"] if host else process
-            first, most = self._first.setdefault(name, now), self._most.setdefault(name, dict(now))
+            first, most = self._first.setdefault(process, now), self._most.setdefault(process, dict(now))
             for what, amount in now.items():
                 heap = host and what == "heap_bytes"
                 in_all = _SUSPECT_OF_HOST_BYTES if heap else _SUSPECT[what]
@@ -631,15 +659,18 @@ class _Player:
                 most[what] = max(amount, most.get(what, amount))
         return suspected
 
-    def _leaks(self, point: Point) -> str:
-        """Repeat a point with its fault and without, each on a recording of its own; say what grows with it alone."""
+    def _leaks(self, point: Point) -> tuple[tuple[str, str], ...]:
+        """Repeat a point with its fault and without, each on a recording of its own; say what grows with it alone.
+
+        Whatever else is wrong then is said too. A host that may end, and ends, holds nothing.
+        """
         grown = []
         for fires in (True, False):
             held: list[Mapping[str, Any]] = []
             for number in range(_SERIES):
                 answer, outcome = self._ask(point, fires=fires, anew=number == 0, closely=True)
-                if outcome.problems or not answer:
-                    return ""
+                if outcome.problems or not answer or self._campaign.is_stopping:
+                    return outcome.problems
                 held.append(answer)
             # The first brings about what comes once.
             grown.append([_growth(*each) for each in pairwise(held[1:])])
@@ -648,8 +679,9 @@ class _Player:
             steps = [with_it[what] for with_it in grown[0]]
             more = sum(steps) - sum(without[what] for without in grown[1])
             if more >= least * len(steps) and sum(step >= least for step in steps) >= len(steps) - 1:
-                return f"{more} more {what} are held after {len(steps)} repetitions than without the fault"
-        return ""
+                text = f"{more} more {what} are held after {len(steps)} repetitions than without the fault"
+                return (("memory_kept", text),)
+        return ()
 
 
 def _growth(before: Mapping[str, Any], after: Mapping[str, Any]) -> Counter[str]:
@@ -658,5 +690,5 @@ def _growth(before: Mapping[str, Any], after: Mapping[str, Any]) -> Counter[str]
     for process, held in after["held"].items():
         whose = "of all" if process == "all" else "host" if process == after["host"] else "runtime"
         for what, amount in held.items():
-            grown[f"{whose} {what}"] += amount - before["held"].get(process, held)[what]
+            grown[f"{whose} {what}"] += amount - before["held"].get(process, held).get(what, amount)
     return grown

@@ -9,7 +9,6 @@ subject, or this process, which is to be survived too.
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import gc
 import json
@@ -18,11 +17,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from backends.contract import FaultRecord
 from backends.faults.limits import declare_expendable
 from backends.process import begin_as_child
+from qualification.observe import recovered
 from qualification.sweep.points import BEYOND, HOST, Point, parse
-from qualification.sweep.scenarios import SCENARIOS, Scenario
-from qualification.sweep.stage import DRAIN_S, WITHOUT_MEMORY_S, Before, Problem, Setting, Stage, is_running
+from qualification.sweep.scenarios import AT_ONCE_S, SCENARIOS, SOON_S, Scenario
+from qualification.sweep.stage import (
+    CLOSED,
+    DRAIN_S,
+    STOPPED,
+    WITHOUT_MEMORY_S,
+    Before,
+    Problem,
+    Setting,
+    Stage,
+    is_running,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -43,7 +54,7 @@ def main(argv: list[str]) -> int:
         answers.flush()
 
     stage.fresh({})
-    answer(ready=True)
+    answer(ready=True, recovers=recovered(stage.require()) is not None)
     for line in sys.stdin:
         request = json.loads(line)
         if "recover" in request:
@@ -62,12 +73,20 @@ def main(argv: list[str]) -> int:
 def _try(stage: Stage, scenario: Scenario, point: Point, fires: bool, closely: bool) -> dict[str, Any]:
     """Try one point, or with ``fires`` False only count; give what was seen, and what was not as it has to be."""
     control = stage.control
-    scenario.ready()
-    before = stage.before()
+    for_good = fires and point.persistent and point.sweep.target == HOST
     plan = (point if fires else Point(point.sweep, point.mode, BEYOND)).plan()
+    stage.patience_s = WITHOUT_MEMORY_S if for_good else DRAIN_S
+    stage.may_stop = CLOSED if scenario.closes else STOPPED if scenario.stops or for_good else ""
+    stage.reopened = 0
+    error, problems = "", list[Problem]()
+    try:
+        scenario.ready()
+        before = stage.before()
+    except Exception as failure:
+        # Nothing is armed: what fails was left so by the point before.
+        text = f"the point cannot even begin: {type(failure).__name__}: {failure}"
+        return _answer(stage, FaultRecord(0, 0, 0, None), problems=[("hosts_lost", text)])
     control.prepare(plan, os.getpid())
-    stage.patience_s = WITHOUT_MEMORY_S if fires and point.persistent and point.sweep.target == HOST else DRAIN_S
-    error = ""
     stage.board.arm(1)
     control.begin()
     try:
@@ -82,7 +101,7 @@ def _try(stage: Stage, scenario: Scenario, point: Point, fires: bool, closely: b
     told: list[str] = []
     held: dict[str, dict[str, int]] = {}
     try:
-        problems = _judge(stage, scenario, before, told, check=fires and point.sweep.target == HOST)
+        problems = _judge(stage, scenario, before, told, point, fires, error)
         if closely:
             # What waits for the collector is not kept.
             gc.collect()
@@ -91,36 +110,60 @@ def _try(stage: Stage, scenario: Scenario, point: Point, fires: bool, closely: b
         # Nothing fails any more, and yet something does.
         problems = [("hosts_lost", f"after the fault was over: {type(failure).__name__}: {failure}")]
     gone = bool(fired_process) and fired_process != os.getpid() and not is_running(fired_process)
+    return _answer(
+        stage,
+        record,
+        problems=problems,
+        call_site=site,
+        error=error,
+        told=told,
+        # Another that was put in its place by the subject, unasked, is not one that died.
+        died=gone and not scenario.closes and ("worker_lost" in told or "restart_worker" not in told),
+        absorbed=bool(record.faults_fired) and not error and not (set(told) - scenario.tells) and not gone,
+        held=held,
+    )
+
+
+def _answer(stage: Stage, record: FaultRecord, **rest: Any) -> dict[str, Any]:
+    nothing = {"call_site": [], "error": "", "told": [], "died": False, "absorbed": False, "held": {}}
     return {
         "seen": record.points_seen,
         "fired": record.faults_fired,
         "detail": record.detail,
-        "call_site": site,
-        "error": error,
-        "told": told,
-        # Another that was put in its place by the subject, unasked, is not one that died.
-        "died": gone and not scenario.closes and ("worker_lost" in told or "restart_worker" not in told),
-        "absorbed": bool(record.faults_fired) and not error and not told and not gone,
-        "problems": problems,
-        "held": held,
         "host": str(os.getpid()),
-        "recording": str(stage.folder),
+        "reopened": stage.reopened,
+        **nothing,
+        **rest,
     }
 
 
-def _judge(stage: Stage, scenario: Scenario, before: Before, told: list[str], *, check: bool) -> list[Problem]:
+def _judge(
+    stage: Stage, scenario: Scenario, before: Before, told: list[str], point: Point, fires: bool, error: str
+) -> list[Problem]:
     """Have all that was begun come to its end, and look at it; add to ``told`` what the user was told meanwhile."""
-    with contextlib.suppress(Exception):
-        # What it cannot give back any more, because the subject is gone, is not there either.
+    subject = stage.subject
+    if subject is not None:
+        told += [event.kind for event in subject.events()][before.events :]
+    try:
         scenario.lift()
-    stage.closed_on_purpose = scenario.closes
+        not_lifted = ""
+    except Exception as failure:
+        not_lifted = f"what the scenario began cannot be ended: {type(failure).__name__}: {failure}"
     if problems := stage.finish():
         return problems
-    told += [event.kind for event in stage.require().events()][before.events :]
+    if not_lifted and not stage.reopened:
+        return [("clean_runs_wrong", not_lifted)]
+    if stage.subject is subject:
+        told[:] = [event.kind for event in stage.require().events()][before.events :]
+    if not fires and ((error and not scenario.stops) or scenario.tells - set(told)):
+        return [("clean_runs_wrong", f"undisturbed it tells {told}, expected {sorted(scenario.tells)}: {error}")]
     if problems := stage.look(before, scenario.single):
         return problems
-    scenario.after()
-    return stage.clean_run() or (scenario.check() if check else [])
+    in_host = point.sweep.target == HOST
+    patience_s = AT_ONCE_S if point.persistent else SOON_S
+    if problems := scenario.after(patience_s) or stage.clean_run():
+        return problems
+    return scenario.check() if fires and in_host else []
 
 
 def _recover(stage: Stage, folder: str, acknowledged: int, in_flight: int) -> list[Problem]:
@@ -129,7 +172,7 @@ def _recover(stage: Stage, folder: str, acknowledged: int, in_flight: int) -> li
     stage.open()
     stage.accepted = stage.wanted = acknowledged
     before = stage.before()
-    samples = getattr(stage.require(), "recovered", lambda: None)()
+    samples = recovered(stage.require())
     if samples is not None:
         if not acknowledged <= len(samples) <= max(acknowledged, in_flight):
             known = f"{acknowledged} samples were acknowledged, {in_flight} with the call in flight"

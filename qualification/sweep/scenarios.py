@@ -33,9 +33,9 @@ _QUIET = {
 }
 #: Memory is watched closely, and a device that is free again is returned to at once.
 _WATCHFUL = {**_QUIET, "pressure_interval_s": 0.004, "return_after_s": 0.002}
-_SOON_S = 5.0
-#: After a fault that cost a process a subject returns later: it is not waited for, another takes its place.
-_AT_ONCE_S = 0.2
+SOON_S = 5.0
+#: Where a fault was to stay, a subject may return later: it is not waited for, another takes its place.
+AT_ONCE_S = 0.2
 _TOLD_WITHIN_S = 1.0
 _LOOK_EVERY_S = 0.001
 
@@ -46,8 +46,11 @@ class Scenario(abc.ABC):
     policy: ClassVar[Mapping[str, Any]] = _QUIET
     #: Whether every answer comes from a batch of one: then it is the same to the bit.
     single: ClassVar[bool] = True
-    #: Whether the subject is closed in it.
+    #: Whether the subject is closed in it, or has to shut itself down.
     closes: ClassVar[bool] = False
+    stops: ClassVar[bool] = False
+    #: What the user is told in it when nothing fails besides: else it did not come about.
+    tells: ClassVar[frozenset[str]] = frozenset()
     #: The device's own fault that it needs besides.
     plan: ClassVar[FaultPlan | None] = None
 
@@ -79,8 +82,9 @@ class Scenario(abc.ABC):
         if fault is not None:
             fault.disarm()
 
-    def after(self) -> None:  # noqa: B027  # most have nothing to do then
-        """Bring the subject back to where the next point begins, once everything was answered."""
+    def after(self, patience_s: float) -> list[Problem]:
+        """Bring the subject back to where the next point begins, once everything was answered; say what keeps it."""
+        return []
 
     def check(self) -> list[Problem]:
         """Look for what only this policy can show: whether memory is still watched, where it is watched closely."""
@@ -131,18 +135,21 @@ class CacheClear(Inference):
     """The runtime's cache is in the way."""
 
     plan = FaultPlan(Site.DEVICE_CACHE)
+    tells = frozenset({"cache_clear"})
 
 
 class GarbageCollect(Inference):
     """Garbage is in the way."""
 
     plan = FaultPlan(Site.DEVICE_GARBAGE)
+    tells = frozenset({"garbage_collect"})
 
 
 class ReduceBuffer(Inference):
     """There is memory for a small batch, and for no large one."""
 
     blocks, single = 2, False
+    tells = frozenset({"reduce_buffer"})
 
     def arm(self) -> None:
         """Bring about the device's own fault."""
@@ -154,6 +161,7 @@ class RestartWorker(Inference):
     """The runtime crashes, and another process takes its place."""
 
     plan = FaultPlan(Site.RUNTIME_CRASH)
+    tells = frozenset({"restart_worker"})
 
 
 class CpuFallback(Inference):
@@ -161,17 +169,20 @@ class CpuFallback(Inference):
 
     policy = {**_WATCHFUL, "rungs": [each for each in STRATEGIES if each != "restart_worker"]}
     plan = FaultPlan(Site.DEVICE_MEMORY, times=None)
+    tells = frozenset({"cpu_fallback"})
 
-    def after(self) -> None:
-        """Bring the subject back to where the next point begins."""
-        _wait(lambda: self.stage.require().device() == self.stage.device, _AT_ONCE_S)
+    def after(self, patience_s: float) -> list[Problem]:
+        """Bring the subject back to where the next point begins; it has to come back by itself."""
+        return _returned(self.stage, patience_s)
 
 
 class Pressure(Scenario):
     """Others take the device's memory, before there is an error, and give it back."""
 
-    policy = _WATCHFUL
+    # Slowly enough for nothing to be told before the fault is armed.
+    policy = {**_WATCHFUL, "pressure_interval_s": 0.02}
     blocks = 0
+    tells = frozenset({"pressure_critical"})
     share: ClassVar[float] = 0.92
     _ballast: Allocation | None = None
 
@@ -184,10 +195,11 @@ class Pressure(Scenario):
         super().ready()
         self._ballast = None
         self._told = counts(self.stage.require())
+        # Now, and not in the act: what takes it is not the subject.
+        self.take()
 
     def act(self) -> None:
         """Do what is swept."""
-        self.take()
         self.wait_for("pressure_critical")
 
     def wait_for(self, kind: str) -> bool:
@@ -209,20 +221,27 @@ class ReturnToDevice(Pressure):
     """The device has memory again: the model is loaded there, tried, and used."""
 
     policy = CpuFallback.policy
+    tells = frozenset({"returned_to_device"})
     share = 0.97
 
     def ready(self) -> None:
         """Bring about the moment before."""
         super().ready()
-        self.take()
-        _wait(lambda: self.stage.require().device() != self.stage.device, _SOON_S)
+        _wait(lambda: self.stage.require().device() != self.stage.device, SOON_S)
 
     def act(self) -> None:
         """Do what is swept."""
         ballast, self._ballast = self._ballast, None
         if ballast is not None:
             ballast.free()
-        _wait(lambda: self.stage.require().device() == self.stage.device, min(_SOON_S, self.stage.patience_s))
+        # Its device is told to be another before the return is over.
+        before = self._told["returned_to_device"]
+        patience_s = min(SOON_S, self.stage.patience_s)
+        _wait(lambda: counts(self.stage.require())["returned_to_device"] > before, patience_s)
+
+    def after(self, patience_s: float) -> list[Problem]:
+        """Bring the subject back to where the next point begins; it has to come back by itself."""
+        return _returned(self.stage, patience_s)
 
 
 class EmergencyShutdown(Inference):
@@ -230,6 +249,8 @@ class EmergencyShutdown(Inference):
 
     policy = {**_QUIET, "rungs": ["cache_clear", "garbage_collect", "reduce_buffer", "emergency_shutdown"]}
     plan = FaultPlan(Site.DEVICE_MEMORY, times=None)
+    stops = True
+    tells = frozenset({"emergency_shutdown"})
 
 
 class Toggle(Scenario):
@@ -320,8 +341,15 @@ class Shutdown(Scenario):
 def _taken(stage: Stage, share: float) -> Allocation:
     """Take so much of the device that this share is in use. What was given up before may be given back only now."""
     wanted_bytes = int(share * stage.setting.device_limit_bytes)
-    _wait(lambda: stage.backend.memory().used_bytes < wanted_bytes, _SOON_S)
+    _wait(lambda: stage.backend.memory().used_bytes < wanted_bytes, SOON_S)
     return stage.backend.allocate(wanted_bytes - stage.backend.memory().used_bytes)
+
+
+def _returned(stage: Stage, patience_s: float) -> list[Problem]:
+    """Wait for the way back to the device; with no patience to speak of, another subject takes this one's place."""
+    if _wait(lambda: stage.require().device() == stage.device, patience_s) or patience_s < SOON_S:
+        return []
+    return [("clean_runs_wrong", f"its device has had memory for {patience_s:g} s, and it did not return to it")]
 
 
 def _wait(condition: Callable[[], bool], timeout_s: float) -> bool:

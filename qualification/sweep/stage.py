@@ -21,7 +21,7 @@ import numpy as np
 
 import backends
 from backends.contract import BackendError
-from backends.faults.interposer import Control
+from backends.faults.interposer import Control, uncounted
 from qualification.audio import load_wav
 from qualification.observe import quiesce, recovered, same_output
 from qualification.stream import Stream, untiled
@@ -42,9 +42,9 @@ WITHOUT_MEMORY_S = 0.1
 _MOST_REOPENED = 2
 #: More than any bounded recovery tells of, or tries.
 MOST_EVENTS, MOST_ATTEMPTS = 80, 40
-_NEUTRAL_EVENTS = frozenset({"pressure_normal", "returned_to_device", "recovered"})
 
 Problem = tuple[str, str]
+CLOSED, STOPPED = "closed", "stopped"
 
 
 @dataclass(frozen=True)
@@ -204,15 +204,19 @@ class Stage:
     def feed(self) -> None:
         """Feed what is wanted, in one call; see that it was made durable."""
         subject, start, process = self.require(), self.accepted, os.getpid()
-        self.board.write(start, self.wanted)
-        before = self.control.durability(process)
+        with uncounted():
+            self.board.write(start, self.wanted)
+            before = self.control.durability(process)
         accepted = subject.feed(start, self.block)
-        after = self.control.durability(process)
-        self.accepted = accepted
-        self.board.write(accepted, accepted)
-        wrote = after.main_wrote > before.main_wrote
-        if accepted > start and (after.syncs == before.syncs or (wrote and after.main_synced < after.main_wrote)):
-            self.not_durable.append(f"samples [{start}, {accepted}) were acknowledged without a sync since their write")
+        # Refused nothing: what was acknowledged, and how, is not to be forgotten.
+        with uncounted():
+            after = self.control.durability(process)
+            self.accepted = accepted
+            self.board.write(accepted, accepted)
+            wrote = after.main_wrote > before.main_wrote
+            if accepted > start and (after.syncs == before.syncs or (wrote and after.main_synced < after.main_wrote)):
+                span = f"samples [{start}, {accepted})"
+                self.not_durable.append(f"{span} were acknowledged without a sync since their write")
 
     def _undisturbed(self) -> dict[tuple[int, int], Result]:
         # Without a limit: another capped device of this process would take the first one's place.
@@ -271,6 +275,7 @@ class Stage:
                     break
                 # It was closed, or it shut itself down: what it had accepted is there for the next.
                 problems += self._stopped(text)
+                self.reopened += 1
         return [*problems, ("hosts_lost", f"no subject goes on with the recording: {text}")]
 
     def _stopped(self, text: str) -> list[Problem]:
@@ -278,26 +283,37 @@ class Stage:
         if subject is None:
             return []
         kinds = {event.kind for event in subject.events()}
-        # One that was closed by its user has nothing to tell.
-        told = "emergency_shutdown" in kinds or self.closed_on_purpose
+        if self.may_stop == CLOSED:
+            # One that was closed by its user has nothing to tell.
+            return []
+        if self.may_stop != STOPPED:
+            return [("hosts_lost", f"a fault that is none of its own process's, and for good, stopped it: {text}")]
+        told = "emergency_shutdown" in kinds
         return [] if told else [("untold", f"the subject refuses ({text}), and told of no emergency shutdown")]
 
-    #: Whether the scenario itself closes the subject.
-    closed_on_purpose = False
+    #: Whether the subject may have stopped: the scenario closes it, or it may shut itself down, or not at all.
+    may_stop = ""
+    #: How often it was opened again since the point began.
+    reopened = 0
 
     def _reopen(self) -> list[Problem]:
         subject, self.subject = self.subject, None
-        with contextlib.suppress(Exception):
+        problems: list[Problem] = []
+        try:
             if subject is not None:
                 subject.close()
+        except Exception as error:
+            problems = [("hosts_lost", f"it does not close: {type(error).__name__}: {error}")]
         self.open()
         samples = recovered(self.require())
         if samples is None:
-            return []
+            return problems
         acknowledged, self.accepted = self.accepted, max(self.accepted, len(samples))
         # Said here: a subject that refuses what comes after a gap is never looked at.
         lost = acknowledged - len(samples)
-        return [("samples_lost", f"{lost} of {acknowledged} samples are gone")] if lost > 0 else []
+        if lost > 0:
+            problems.append(("samples_lost", f"{lost} of {acknowledged} samples are gone"))
+        return problems
 
     def look(self, before: Before, single: bool) -> list[Problem]:
         """Compare everything that is stored and answered with what has to be."""
@@ -312,23 +328,24 @@ class Stage:
         gaps, overlaps = untiled(results, self.accepted)
         if gaps or overlaps:
             problems.append(("gaps_and_overlaps", f"{gaps} gaps and {overlaps} overlaps in [0, {self.accepted})"))
-        problems += self._wrong(results, single)
+        problems += self._wrong(results, before.results if single else len(results))
         problems += self._untold(subject, before, results)
         problems += [("feeds_not_durable", each) for each in self.not_durable]
         self.not_durable.clear()
         return problems
 
-    def _wrong(self, results: Sequence[Result], single: bool) -> list[Problem]:
+    def _wrong(self, results: Sequence[Result], exact_from: int) -> list[Problem]:
+        """Compare every answer, and those from this one on, of batches of one, to the bit."""
         same = same_output(self.require())
         wrong = []
-        for each in results:
+        for number, each in enumerate(results):
             right = self._right.get(self._in_reference(each))
             if right is None:
                 wrong.append(f"[{each.start}, {each.stop}) is cut elsewhere than in the undisturbed run")
             elif not same(each.output, right.output):
                 said = "has no answer" if each.output is None else "is answered otherwise"
                 wrong.append(f"[{each.start}, {each.stop}) {said} than in the undisturbed run")
-            elif single and each.device == self.device and not np.array_equal(each.output, right.output):
+            elif number >= exact_from and each.device == self.device and not np.array_equal(each.output, right.output):
                 wrong.append(f"[{each.start}, {each.stop}) differs in some bit from the undisturbed run's answer")
         return [("answers_wrong", f"{len(wrong)} answers: {wrong[0]}")] if wrong else []
 
@@ -344,11 +361,14 @@ class Stage:
         told = [event.kind for event in subject.events()[before.events if same else 0 :]]
         problems = []
         news = results[before.results :]
-        degraded = [each for each in news if each.degraded or each.output is None or each.device != self.device]
-        # Of a fallback that was in use before, the user was told then.
-        if same and degraded and before.device == self.device and not set(told) - _NEUTRAL_EVENTS:
-            each = degraded[0]
-            problems.append(("untold", f"[{each.start}, {each.stop}) was answered on {each.device}: nobody was told"))
+        for each in news if same else ():
+            span = f"[{each.start}, {each.stop})"
+            if each.output is None and "chunk_set_aside" not in told:
+                problems.append(("untold", f"{span} has no answer: nobody was told"))
+            # Of a fallback that was in use before, the user was told then.
+            moved = each.degraded or each.device != self.device
+            if moved and before.device == self.device and "cpu_fallback" not in told:
+                problems.append(("untold", f"{span} was answered on {each.device}: nobody was told"))
         attempts = self._attempts(subject) - before.attempts
         if len(told) > MOST_EVENTS or attempts > MOST_ATTEMPTS:
             problems.append(("livelocks", f"{len(told)} events and {attempts:g} attempts for one fault"))
@@ -361,7 +381,7 @@ class Stage:
         problems = self.finish()
         if problems:
             return [("clean_runs_wrong", f"the next run: {text}") for _, text in problems]
-        return [("clean_runs_wrong", f"the next run: {text}") for _, text in self.look(before, single=False)]
+        return [("clean_runs_wrong", f"the next run: {text}") for _, text in self.look(before, single=True)]
 
     def held(self) -> dict[str, dict[str, int]]:
         """Give what each process of the subject holds at rest: heap (bytes), descriptors, threads; and how many run."""
@@ -373,8 +393,9 @@ class Stage:
         heaps, held = self.control.heaps_bytes(), dict[str, dict[str, int]]()
         for process in self.require().process_ids():
             with contextlib.suppress(OSError):
-                held[str(process)] = {
-                    "heap_bytes": heaps.get(process, 0),
+                # One that was asked for nothing tells of no heap.
+                heap = {"heap_bytes": heaps[process]} if process in heaps else {}
+                held[str(process)] = heap | {
                     "descriptors": sum(1 for _ in Path(f"/proc/{process}/fd").iterdir()),
                     "threads": sum(1 for _ in Path(f"/proc/{process}/task").iterdir()),
                 }

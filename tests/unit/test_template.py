@@ -541,7 +541,7 @@ def say(*what):
     print(json.dumps(what), flush=True)
 
 features = np.random.RandomState(3).standard_normal((4, 150, 80)).astype(np.float32)
-Cpu.preload = "protection.events:Events"
+Cpu.preload, Cpu.is_slow_to_import = "protection.events:Events", True
 # Ignored where the tests run in the background.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 """

@@ -343,8 +343,8 @@ class Stage:
             if right is None:
                 wrong.append(f"[{each.start}, {each.stop}) is cut elsewhere than in the undisturbed run")
             elif not same(each.output, right.output):
-                said = "has no answer" if each.output is None else "is answered otherwise"
-                wrong.append(f"[{each.start}, {each.stop}) {said} than in the undisturbed run")
+                said = "has no answer" if each.output is None else "is answered otherwise than in the undisturbed run"
+                wrong.append(f"[{each.start}, {each.stop}) {said}")
             elif number >= exact_from and each.device == self.device and not np.array_equal(each.output, right.output):
                 wrong.append(f"[{each.start}, {each.stop}) differs in some bit from the undisturbed run's answer")
         return [("answers_wrong", f"{len(wrong)} answers: {wrong[0]}")] if wrong else []

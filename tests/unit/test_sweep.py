@@ -202,7 +202,7 @@ class FallsBackAndTellsOfSomethingElse(FallsBack):
 
 
 class TellsWithoutEnd(FallsBackAndTells):
-    kinds = ("cache_clear",) * (MOST_EVENTS + 1)
+    kinds = ("cpu_fallback", *("cache_clear",) * MOST_EVENTS)
 
 
 class TriesWithoutEnd(Small):
@@ -591,12 +591,14 @@ from qualification.sweep.stage import Setting, Stage
 stage = Stage(Setting(**{setting!r}))
 stage.fresh({{}})
 found = {{}}
-for defect in {defects!r}:
+for name in {defects!r} + ["StopsAndTells where it may not"]:
+    defect = name.split()[0]
+    stage.may_stop = "stopped" if name == defect else ""
     stage.begin({{"defect": defect}}, stage.new_folder())
     stage.open()
     before = stage.before()
     stage.wants(2 * stage.block_samples)
-    found[defect] = stage.finish() or stage.look(before, single=True) or stage.clean_run()
+    found[name] = stage.finish() or stage.look(before, single=True) or stage.clean_run()
     if defect == "ChangesABit":
         found["ChangesABit in a batch"] = stage.look(before, single=False)
     stage.close()
@@ -613,7 +615,7 @@ DEFECTS: dict[str, dict[str, str]] = {
     "Guesses": {"answers_wrong": "2 answers: [0, 1600) is answered otherwise than in the undisturbed run"},
     "ChangesABit": {"answers_wrong": "differs in some bit from the undisturbed run's answer"},
     "ChangesABit in a batch": {},
-    "SaysNothing": {"answers_wrong": "has no answer than in the undisturbed run", "untold": "nobody was told"},
+    "SaysNothing": {"answers_wrong": "has no answer", "untold": "nobody was told"},
     "CutsElsewhere": {"answers_wrong": "4 answers: [0, 800) is cut elsewhere than in the undisturbed run"},
     "FallsBack": {"untold": "[0, 1600) was answered on elsewhere: nobody was told"},
     "FallsBackAndTells": {},
@@ -627,6 +629,7 @@ DEFECTS: dict[str, dict[str, str]] = {
     "IsNeverDone": {"livelocks": "still at work 20 s after the fault was over: still at it"},
     "StopsSilently": {"untold": "the subject refuses (RuntimeError: it is closed), and told of no emergency shutdown"},
     "StopsAndTells": {},
+    "StopsAndTells where it may not": {"hosts_lost": "stopped it: RuntimeError: it is closed"},
     "StopsForEver": {"hosts_lost": "no subject goes on with the recording: RuntimeError: it is closed"},
     "Tires": {"clean_runs_wrong": "the next run: 1 answers: [3200, 4800) has no answer"},
 }

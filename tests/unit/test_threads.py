@@ -248,13 +248,14 @@ def test_nothing_of_what_was_done_is_kept(one: OneThread, fails: bool) -> None:
 
 def test_there_is_no_thread_before_it_is_needed_and_none_after_it_was_closed() -> None:
     made = OneThread("needed-late")
-    made.close()
     assert "needed-late" not in _threads(), "the thread began with nothing to do"
     made.do(int)
     assert _threads().count("needed-late") == 1, f"the threads are {_threads()}"
     made.close()
     made.close()
     assert "needed-late" not in _threads(), "the thread is there after it was closed twice"
+    with pytest.raises(RuntimeError, match="the thread needed-late was closed"):
+        made.do(int)
 
 
 def test_the_last_thing_is_done_and_nobody_waits_for_it() -> None:

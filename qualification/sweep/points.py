@@ -84,14 +84,16 @@ _REPEATED_BYTES = 64
 _STARTING_BYTES = 256 << 10
 _FALLING_BACK_BYTES = 2048
 #: Where a batch changes its size, torch makes a kernel for it, in thousands of requests that do not repeat.
-_STEPS_BYTES = 256 << 10
+_STEPS_BYTES = 512 << 10
 _NOT_SIDE = "!plimsoll-side"
 #: In the host: 512 bytes and more are what Python takes from the C library for tables, texts, arrays, and SQLite for a
 #: page; the ladder's own part begins where that of the inference ends, and 4 KiB and more are what it moves. A point
 #: that costs a start or a new kernel, a second each, is one of 8 KiB and more: modules, pages, audio, features.
 _HOST_BYTES = 512
 _LADDER_BYTES = 4096
-_COSTLY_BYTES = 8192
+_COSTLY_BYTES = 8 << 10
+#: What another scenario's processes do as well, allocation by allocation, is swept there; here what is largest of it.
+_AGAIN_BYTES = 1 << 20
 
 SWEEPS: tuple[Sweep, ...] = (
     Sweep("start", HOST, _COSTLY_BYTES),
@@ -104,21 +106,21 @@ SWEEPS: tuple[Sweep, ...] = (
     Sweep("cache_clear", HOST, _LADDER_BYTES, needs=Capability.CACHE_OOM),
     Sweep("cache_clear", RUNTIME, _REPEATED_BYTES, _NOT_SIDE, needs=Capability.CACHE_OOM),
     Sweep("garbage_collect", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),
-    Sweep("reduce_buffer", HOST, _COSTLY_BYTES),
+    Sweep("reduce_buffer", HOST, 4 * _COSTLY_BYTES),
     Sweep("reduce_buffer", RUNTIME, _STEPS_BYTES, _NOT_SIDE),
-    Sweep("restart_worker", HOST, _COSTLY_BYTES),
-    Sweep("restart_worker", RUNTIME, _STARTING_BYTES),
+    Sweep("restart_worker", HOST, 2 * _COSTLY_BYTES),
+    Sweep("restart_worker", RUNTIME, _AGAIN_BYTES),
     Sweep("cpu_fallback", HOST, _LADDER_BYTES),
     Sweep("cpu_fallback", RUNTIME, _FALLING_BACK_BYTES, _NOT_SIDE),
     Sweep("return_to_device", HOST, _LADDER_BYTES),
     Sweep("return_to_device", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),
-    Sweep("emergency_shutdown", HOST, _LADDER_BYTES),
+    Sweep("emergency_shutdown", HOST, _COSTLY_BYTES),
     Sweep("toggle", HOST, _HOST_BYTES),
-    Sweep("toggle", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),
+    Sweep("toggle", RUNTIME, _HOST_BYTES, _NOT_SIDE),
     Sweep("shutdown", HOST, 64),
     Sweep("shutdown", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),
-    Sweep("resume", HOST, _COSTLY_BYTES),
-    Sweep("resume", RUNTIME, _STARTING_BYTES),
+    Sweep("resume", HOST, 2 * _COSTLY_BYTES),
+    Sweep("resume", RUNTIME, _AGAIN_BYTES),
 )
 #: The same for the device's own memory, where it has one.
 DEVICE_SWEEPS: tuple[Sweep, ...] = tuple(

@@ -34,7 +34,7 @@ _SPEECH_FROM_SAMPLES = 16_000
 _POSITIONS, _BOARD = struct.Struct("<qq"), struct.Struct("<qqB4096s")
 _ARMED_AT = _POSITIONS.size
 #: After so many points a subject begins a new recording: reading it back takes time in proportion to its length.
-RECORDING_POINTS = 25
+RECORDING_POINTS = 40
 DRAIN_S = 20.0
 #: A subject's own process that is refused everything can only wait: so long, and then there is memory again.
 WITHOUT_MEMORY_S = 0.1
@@ -385,10 +385,10 @@ class Stage:
 
     def held(self) -> dict[str, dict[str, int]]:
         """Give what each process of the subject holds at rest: heap (bytes), descriptors, threads; and how many run."""
-        # The heap is told with the first request for memory after the question: at rest, before the second.
         quiesce(self.require(), DRAIN_S)
         self.control.ask_for_heaps()
-        quiesce(self.require(), DRAIN_S)
+        # A process tells of its heap with its next request for memory.
+        self.backend.memory()
         self.control.end()
         heaps, held = self.control.heaps_bytes(), dict[str, dict[str, int]]()
         for process in self.require().process_ids():

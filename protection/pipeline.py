@@ -126,9 +126,9 @@ class DictationPipeline:
         """
         self._engine = engine
         self._policy = policy or Policy()
-        self._events = Events(on_event)
-        self._metrics = Metrics()
         try:
+            self._events = Events(on_event)
+            self._metrics = Metrics()
             if isinstance(sample_rate_hz, bool) or not isinstance(sample_rate_hz, int):
                 raise AudioError(f"the sample rate is {sample_rate_hz!r}: expected a whole number of Hz")
             if sample_rate_hz != SAMPLE_RATE_HZ:
@@ -198,6 +198,8 @@ class DictationPipeline:
         finally:
             if self._worker.is_alive():
                 # It closes the engine on its way out.
+                with self._wake:
+                    self._wake.notify_all()
                 self._worker.join(self._policy.shutdown_deadline_s)
             else:
                 self._close_engine()

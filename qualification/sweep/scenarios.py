@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from backends.contract import Allocation, ArmedFault, FaultPlan, Site
+from backends.errors import RuntimeFailure
 from qualification.observe import counts
 from qualification.subject import STRATEGIES
 from qualification.sweep.stage import Problem, Stage
@@ -342,7 +343,12 @@ def _taken(stage: Stage, share: float) -> Allocation:
     """Take so much of the device that this share is in use. What was given up before may be given back only now."""
     wanted_bytes = int(share * stage.setting.device_limit_bytes)
     _wait(lambda: stage.backend.memory().used_bytes < wanted_bytes, SOON_S)
-    return stage.backend.allocate(wanted_bytes - stage.backend.memory().used_bytes)
+    try:
+        return stage.backend.allocate(wanted_bytes - stage.backend.memory().used_bytes)
+    except RuntimeFailure:
+        # A reading may be an estimate: what a runtime keeps for reuse is not in it.
+        stage.backend.release_cached()
+        return stage.backend.allocate(wanted_bytes - stage.backend.memory().used_bytes)
 
 
 def _returned(stage: Stage, patience_s: float) -> list[Problem]:

@@ -150,7 +150,7 @@ def described(failure: Outcome, repeat: Repeat) -> list[str]:
     """Say what was wrong after a point, where it struck, and how it is repeated."""
     return [
         *(f"{failure.point}: {kind}: {text}" for kind, text in failure.problems),
-        f"    struck {failure.detail}",
+        *([f"    struck {failure.detail}"] if failure.detail else []),
         *([f"    {' < '.join(failure.call_site[:8])}"] if failure.call_site else []),
         f"    repeat: {repeat(failure.point)}",
     ]

@@ -160,8 +160,8 @@ class DictationPipeline:
         self._good_batches = 0
         #: First sample of the chunk that failed last, alone, for a reason that is not memory, and how often in a row.
         self._failing = (-1, 0)
-        #: Whether this recovery has replaced the worker already.
-        self._replaced = False
+        #: Whether this recovery has replaced the worker already, has fallen back, and has replaced the fallback's.
+        self._replaced = self._fell_back = self._renewed = False
         self._worked_s = time.monotonic()
         self._unloaded = False
         self._device_pressure, self._host_pressure = Pressure(self._policy), Pressure(self._policy)
@@ -460,9 +460,9 @@ class DictationPipeline:
                 device, degraded = self._engine.device, self._engine.degraded
                 made.extend((row, device, degraded) for row in scores)
                 self._ladder.progressed()
-                self._replaced = False
+                self._replaced = self._fell_back = self._renewed = False
 
-        self._replaced = False
+        self._replaced = self._fell_back = self._renewed = False
         try:
             self._ladder.run(work)
         except NotOurs as error:
@@ -591,7 +591,12 @@ class DictationPipeline:
             return "the worker is new already" if self._replaced and not self._engine.lost else None
 
         def no_fallback() -> str | None:
-            return "the fallback is in use already" if self._engine.degraded and not self._engine.lost else None
+            if not self._engine.degraded or self._engine.lost:
+                return None
+            # One refusal there is not the end: its process is replaced, once.
+            new = self._renewed or (self._replaced and not self._fell_back)
+            again = self._engine.can_restart and not new
+            return None if again else "the fallback is in use already"
 
         rungs = [
             rung(EventKind.CACHE_CLEAR, self._clear_cache, same, not_now=lost),
@@ -656,7 +661,12 @@ class DictationPipeline:
     def _fall_back(self) -> str:
         before = self._engine.device
         self._back_off()
+        if self._engine.degraded and not self._engine.lost:
+            self._renewed = True
+            self._engine.restart()
+            return "the fallback's worker was replaced"
         self._engine.fall_back()
+        self._fell_back = True
         if self._ladder.errors_in_a_row:
             # It was not memory: a device that passes its trial and fails at work is not asked again and again.
             self._distrusted = True

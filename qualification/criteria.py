@@ -333,9 +333,15 @@ PARAMETERS: tuple[Parameter, ...] = (
         Parameter(test, *row)
         for test in ("test_fault_sweep_sample", "test_fault_sweep", "test_device_fault_sweep")
         for row in (
-            (DEVICE_LIMIT, 24, 12, 1e6, "device memory that the subject may use, MB"),
+            (DEVICE_LIMIT, 12, 12, 1e6, "device memory that the subject may use, MB"),
             ("seed", 5, 0, 2**31, "seed of the order of the points"),
-            ("jobs", 3, 1, 64, "processes that try points at the same time"),
+            (
+                "jobs",
+                3 if test != "test_fault_sweep_sample" else 2,
+                1,
+                64,
+                "processes that try points at the same time",
+            ),
         )
     ),
     Parameter("test_consecutive_oom_recovery", "ooms", 5, 1, 1e4, "out-of-memory errors, one after another"),

@@ -161,7 +161,7 @@ class Outcome:
     fired: int
     absorbed: bool = False
     died: bool = False
-    #: The host itself ended, with everything acknowledged kept.
+    #: The subject shut itself down in order, or its process ended, with everything acknowledged kept.
     stopped: bool = False
     problems: tuple[tuple[str, str], ...] = ()
     detail: str = ""
@@ -206,7 +206,7 @@ class Tally:
             "target": self.sweep.target,
             "site": self.sweep.site.value,
             "mode": self.mode,
-            "min_bytes": self.sweep.min_bytes,
+            "min_bytes": self.sweep.least_bytes(self.mode),
             "points_counted": self.counted,
             "points_tried": self.tried,
             "faults_fired": self.fired,
@@ -389,16 +389,18 @@ class Campaign:
 
     def _counting(self, sweep: Sweep) -> Callable[[_Player], None]:
         def count(player: _Player) -> None:
-            if sweep.name not in self.ledger.counts:
-                try:
-                    counts = player.count(sweep)
-                except FailsUndisturbed as error:
-                    self._note(Point(sweep, TRANSIENT, 1), error.outcome)
-                    return
-                with self._lock:
-                    self.ledger.count(sweep.name, counts)
             for mode in MODES:
-                self.tallies[sweep.name, mode].counted = self.ledger.counts[sweep.name]
+                # Twice only where the modes differ in what is a point.
+                name = f"{sweep.name}/{mode if sweep.persistent_bytes else TRANSIENT}"
+                if name not in self.ledger.counts:
+                    try:
+                        counts = player.count(sweep, mode)
+                    except FailsUndisturbed as error:
+                        self._note(Point(sweep, mode, 1), error.outcome)
+                        return
+                    with self._lock:
+                        self.ledger.count(name, counts)
+                self.tallies[sweep.name, mode].counted = self.ledger.counts[name]
 
         return count
 
@@ -406,8 +408,8 @@ class Campaign:
         """Cut the points into handfuls of the same sweep, and put these into the seed's order."""
         chunks = []
         for (name, mode), tally in self.tallies.items():
-            counts = self.ledger.counts.get(name)
-            if counts is None:
+            counts = tally.counted
+            if not counts:
                 # It fails with no fault at all.
                 continue
             # Of a sample each has to fire; of the whole it is counted what does.
@@ -415,7 +417,9 @@ class Campaign:
             # An order of its own: what another machine counts elsewhere moves no point from one share to another.
             random.Random(f"{self.seed} {name} {mode}").shuffle(numbers)
             if self.sample is not None:
-                numbers = numbers[: self.sample]
+                # Of each sweep in one mode: of all of them a sample is quick.
+                its_mode = random.Random(f"{self.seed} {name}").choice(MODES)
+                numbers = numbers[: self.sample] if mode == its_mode else []
             share, of = self.shard
             numbers = numbers[share - 1 :: of]
             tally.planned = len(numbers)
@@ -556,19 +560,19 @@ class _Player:
         """Have the next point begin a recording of its own."""
         self._anew = True
 
-    def count(self, sweep: Sweep) -> list[int]:
-        """Count the points of a sweep: once to warm up, and twice to see whether the count repeats.
+    def count(self, sweep: Sweep, mode: str = TRANSIENT) -> list[int]:
+        """Count the points of a sweep: once to warm up, and twice to see whether the count repeats; for a sample once.
 
         Raises FailsUndisturbed.
         """
-        point, counts = Point(sweep, TRANSIENT, 1), []
-        for _ in range(3):
+        point, counts = Point(sweep, mode, 1), []
+        for _ in range(3 if self._campaign.sample is None else 1):
             answer, outcome = self._ask(point, fires=False)
             if outcome.problems:
                 problems = tuple((kind, f"with no fault at all: {text}") for kind, text in outcome.problems)
                 raise FailsUndisturbed(dataclasses.replace(outcome, problems=problems))
             counts.append(int(answer["seen"]))
-        return counts[1:]
+        return counts[1:] or counts
 
     def attempt(self, point: Point) -> Outcome:
         """Try a point; whatever is suspected to leak is looked at closely."""
@@ -585,11 +589,11 @@ class _Player:
     def closely(self, point: Point) -> Outcome:
         """Try a point, and then see whether it leaks."""
         try:
-            self.count(point.sweep)
+            self.count(point.sweep, point.mode)
         except FailsUndisturbed as error:
             return error.outcome
         _, outcome = self._ask(point)
-        if not outcome.problems and not outcome.stopped and (problems := self._leaks(point)):
+        if not outcome.problems and (problems := self._leaks(point)):
             return dataclasses.replace(outcome, problems=problems)
         return outcome
 
@@ -610,6 +614,7 @@ class _Player:
             answer["fired"],
             bool(answer["absorbed"]),
             bool(answer["died"]),
+            bool(answer["stopped"]),
             problems=problems,
             detail=answer["detail"] if answer["fired"] else "",
             call_site=tuple(answer["call_site"]) if problems else (),

@@ -76,8 +76,10 @@ def _try(stage: Stage, scenario: Scenario, point: Point, fires: bool, closely: b
     for_good = fires and point.persistent and point.sweep.target == HOST
     plan = (point if fires else Point(point.sweep, point.mode, BEYOND)).plan()
     stage.patience_s = WITHOUT_MEMORY_S if for_good else DRAIN_S
-    stage.may_stop = CLOSED if scenario.closes else STOPPED if scenario.stops or for_good else ""
-    stage.reopened = 0
+    # In order, and told: where no rung helps, as none does against a fault that stays in the process of the fallback.
+    may_stop = scenario.stops or (fires and point.persistent)
+    stage.may_stop = CLOSED if scenario.closes else STOPPED if may_stop else ""
+    stage.reopened = stage.stopped = 0
     error, problems = "", list[Problem]()
     try:
         scenario.ready()
@@ -121,6 +123,7 @@ def _try(stage: Stage, scenario: Scenario, point: Point, fires: bool, closely: b
         died=gone and not scenario.closes and ("worker_lost" in told or "restart_worker" not in told),
         absorbed=bool(record.faults_fired) and not error and not (set(told) - scenario.tells) and not gone,
         held=held,
+        stopped=stage.stopped > 0 and not scenario.stops,
     )
 
 
@@ -131,7 +134,7 @@ def _answer(stage: Stage, record: FaultRecord, **rest: Any) -> dict[str, Any]:
         "fired": record.faults_fired,
         "detail": record.detail,
         "host": str(os.getpid()),
-        "reopened": stage.reopened,
+        "stopped": stage.stopped > 0,
         **nothing,
         **rest,
     }

@@ -34,8 +34,14 @@ class Sweep:
     #: As in a FaultPlan.
     thread: str | None = None
     site: Site = Site.HOST_ALLOCATION
+    #: The same where all that follow fail too (None: no other).
+    persistent_bytes: int | None = None
     #: What the scenario needs of a backend.
     needs: Capability = Capability.ALLOCATION_FAULTS
+
+    def least_bytes(self, mode: str) -> int:
+        """Give the size of the smallest request that is a point in this mode."""
+        return self.min_bytes if mode == TRANSIENT or self.persistent_bytes is None else self.persistent_bytes
 
     @property
     def name(self) -> str:
@@ -69,7 +75,7 @@ class Point:
             sweep.site,
             nth=self.nth,
             times=None if self.persistent else 1,
-            min_bytes=sweep.min_bytes,
+            min_bytes=sweep.least_bytes(self.mode),
             process=sweep.target,
             thread=sweep.thread,
             disarm_after_s=DISARM_AFTER_S,
@@ -113,7 +119,9 @@ SWEEPS: tuple[Sweep, ...] = (
     Sweep("cpu_fallback", HOST, _LADDER_BYTES),
     Sweep("cpu_fallback", RUNTIME, _FALLING_BACK_BYTES, _NOT_SIDE),
     Sweep("return_to_device", HOST, _LADDER_BYTES),
-    Sweep("return_to_device", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),
+    # A process that is refused everything amid a load dies of it, at each of 2,637 points that were tried from 64 bytes
+    # on, and each costs another: from there on only the larger ones.
+    Sweep("return_to_device", RUNTIME, _REPEATED_BYTES, _NOT_SIDE, persistent_bytes=_HOST_BYTES),
     Sweep("emergency_shutdown", HOST, _COSTLY_BYTES),
     Sweep("toggle", HOST, _HOST_BYTES),
     Sweep("toggle", RUNTIME, _HOST_BYTES, _NOT_SIDE),

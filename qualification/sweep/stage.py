@@ -37,7 +37,7 @@ _ARMED_AT = _POSITIONS.size
 RECORDING_POINTS = 40
 DRAIN_S = 20.0
 #: A subject's own process that is refused everything can only wait: so long, and then there is memory again.
-WITHOUT_MEMORY_S = 0.1
+WITHOUT_MEMORY_S = 0.05
 #: A subject that stopped is opened again, and this often; nothing fails any more then.
 _MOST_REOPENED = 2
 #: More than any bounded recovery tells of, or tries.
@@ -287,7 +287,8 @@ class Stage:
             # One that was closed by its user has nothing to tell.
             return []
         if self.may_stop != STOPPED:
-            return [("hosts_lost", f"a fault that is none of its own process's, and for good, stopped it: {text}")]
+            return [("hosts_lost", f"a single refusal stopped it: {text}")]
+        self.stopped += 1
         told = "emergency_shutdown" in kinds
         return [] if told else [("untold", f"the subject refuses ({text}), and told of no emergency shutdown")]
 
@@ -295,6 +296,8 @@ class Stage:
     may_stop = ""
     #: How often it was opened again since the point began.
     reopened = 0
+    #: How often it had shut itself down before.
+    stopped = 0
 
     def _reopen(self) -> list[Problem]:
         subject, self.subject = self.subject, None

@@ -505,11 +505,11 @@ def test_the_board_tells_another_process_where_it_was(tmp_path: Path) -> None:
 
 
 def _planned(seed: int = 5, shard: tuple[int, int] = (1, 1), sample: int | None = None) -> list[list[str]]:
-    ledger = Ledger(None, {})
     sweeps = SWEEPS[:4]
+    made = Campaign(_setting, sweeps, seed, Ledger(None, {}), Path(), shard=shard, sample=sample)
     for number, sweep in enumerate(sweeps):
-        ledger.count(sweep.name, [40 * number + 3, 40 * number + 2])
-    made = Campaign(_setting, sweeps, seed, ledger, Path(), shard=shard, sample=sample)
+        for mode in MODES:
+            made.tallies[sweep.name, mode].counted = [40 * number + 3, 40 * number + 2]
     return [[point.name for point in chunk] for chunk in made._chunks()]
 
 
@@ -757,7 +757,7 @@ def test_two_shares_are_tried_apart_and_are_the_points_that_were_counted(
     for number in (1, 2):
         made = new_campaign(ledger=f"ledger-{number}", shard=(number, 2))
         # As many in both, whatever the counts vary by.
-        made.ledger.count(FEED.name, [6, 5])
+        made.ledger.count(f"{FEED.name}/{TRANSIENT}", [6, 5])
         made.run()
         shares.append(set(tried))
         tried.clear()

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import torch
 
 T = TypeVar("T")
+#: As torch's allocator for the CPU aligns (c10::gAlignment).
+_ALIGNED_BYTES = 64
 _M_ARENA_MAX = -8
 
 
@@ -74,6 +76,20 @@ def preload() -> None:
     importlib.import_module("backends._torch_model")
 
 
+def _aligned(features: FloatArray) -> FloatArray:
+    """Give the features where torch would have them: a kernel may add in an order that depends on the place.
+
+    What came in shared memory lies well, and stays there.
+    """
+    if features.flags.writeable and features.ctypes.data % _ALIGNED_BYTES == 0:
+        return features
+    room = np.empty(features.nbytes + _ALIGNED_BYTES, np.uint8)
+    begin = -room.ctypes.data % _ALIGNED_BYTES
+    copy: FloatArray = room[begin : begin + features.nbytes].view(np.float32).reshape(features.shape)
+    copy[...] = features
+    return copy
+
+
 class _Block(Allocation):
     """A tensor of ones: every page of it is touched."""
 
@@ -118,8 +134,7 @@ class TorchModel(Model):
 
         def once() -> FloatArray:
             with torch.inference_mode():
-                # A copy: torch aligns it, and a kernel may add in an order that depends on that.
-                given = torch.tensor(features)
+                given = torch.from_numpy(_aligned(features))
                 scores = module(given.to(self._backend.torch_device()))
                 # A copy: it must not keep the whole output.
                 return np.array(scores[:, -(self.chunk_frames // 2) :].cpu().numpy())

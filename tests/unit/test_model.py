@@ -82,7 +82,7 @@ def test_weights_come_from_the_seed_in_a_process_of_its_own_too() -> None:
         {"chunk_frames": 0},
         {"chunk_frames": 99},
         {"width": 130},
-        {"layers": 0},
+        {"layers": -1},
         {"heads": 0},
         {"seed": -1},
         {"seed": True},
@@ -199,7 +199,7 @@ def test_reading_needs_no_onnx_package() -> None:
         (lambda m: setattr(m.metadata_props[0], "value", "["), "unusable"),
         (lambda m: setattr(m.metadata_props[0], "value", "[" * 100_000), "unusable"),
         (lambda m: setattr(m.metadata_props[0], "value", '{"depth": 3}'), "unexpected keyword"),
-        (lambda m: setattr(m.metadata_props[0], "value", '{"layers": 0}'), "layers is 0"),
+        (lambda m: setattr(m.metadata_props[0], "value", '{"heads": 0}'), "heads is 0"),
         (
             lambda m: setattr(m.metadata_props[0], "value", "{}"),
             r"conv1.weight has shape \[2, 1, 3, 3\].*\[32, 1, 3, 3\]",

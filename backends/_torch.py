@@ -6,7 +6,6 @@ Torch is imported only where a device is: a process that has a backend, and no d
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import os
 import sys
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 #: As torch's allocator for the CPU aligns (c10::gAlignment).
 _ALIGNED_BYTES = 64
-_M_ARENA_MAX = -8
 
 
 def quiet_torch() -> None:
@@ -56,22 +54,8 @@ def quiet_torch() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def one_heap() -> None:
-    """Have threads that are yet to be started allocate from this process's heap, and not from one of their own.
-
-    What mmap refuses, glibc tries to make from the free end of the thread's heap. A heap of a thread's own is never
-    given back (``VmData`` keeps it), and a block that once was there is there again whatever the cap says: at a batch
-    of 16, 12 MiB of the device each. The process's heap shrinks.
-    """
-    # Without the GNU C library there are no such heaps, and no cap either.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
-
-
 def preload() -> None:
     """Import all that a model needs; compute nothing, and touch no device."""
-    # A worker starts threads before it has its device.
-    one_heap()
     quiet_torch()
     importlib.import_module("backends._torch_model")
 

@@ -37,7 +37,7 @@ import numpy as np
 from backends._build import environment, torch_cuda_version
 from backends._device import HostDevice, heap_trim
 from backends._keeper import KeptDevice
-from backends._torch import TorchBackend, one_heap, quiet_torch
+from backends._torch import TorchBackend, quiet_torch
 from backends.contract import YES, Allocation, Availability, BackendError, Capability, MemoryReading, no
 from backends.errors import Diagnosis, ErrorKind, Shortage, classify, note
 from backends.faults import limits
@@ -46,7 +46,7 @@ from backends.host import data_bytes, host_memory
 T = TypeVar("T")
 #: Blocks on the device are whole multiples of this: less is the process's own, and served from its reserve.
 _BLOCK_BYTES = 64 << 10
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _MMAP_THRESHOLD_BYTES = _BLOCK_BYTES
 #: What a process whose device is full needs to answer: for objects of Python's own, and for small requests to malloc.
 _OBJECTS_BYTES = 8 << 20
@@ -117,8 +117,6 @@ class TorchCpu(HostDevice, KeptDevice, TorchBackend):
 
     def _has_the_device(self) -> None:
         super()._has_the_device()
-        # Before there is another thread here.
-        one_heap()
         quiet_torch()
         # There is memory for its stack now. What torch sets for a thread is set there too.
         self._thread.do(quiet_torch)
@@ -167,8 +165,6 @@ class TorchCpu(HostDevice, KeptDevice, TorchBackend):
                 # The other limit that there may be is a fault's.
                 kind = ErrorKind.DEVICE_OOM if limit_bytes == self._cap_bytes else ErrorKind.HOST_OOM
                 note(error, Diagnosis(kind, Shortage.CAPPED))
-                # With nothing at its free end, the heap has no room for a block where mmap had none.
-                heap_trim()
             elif _NO_KERNEL in str(error):
                 # Without a cap it is the host that had none.
                 note(error, Diagnosis(ErrorKind.HOST_OOM))
@@ -212,9 +208,10 @@ def _warm_up(thread: _ComputeThread) -> None:
         raise BackendError(f"torch-cpu is capped on Linux with the GNU C library only ({error})") from error
     malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
     # Blocks of this size and more are mapped on their own, and so given back at once; the rest is in one heap. Without
-    # it glibc raises the threshold by itself (mallopt(3)).
+    # it glibc raises the threshold by itself, and a thread's heap is never given back (mallopt(3)).
     mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
     mallopt(_M_TRIM_THRESHOLD, _MMAP_THRESHOLD_BYTES)
+    mallopt(_M_ARENA_MAX, 1)
     _compute_once()
     thread.do(_compute_once)
     gc.collect()

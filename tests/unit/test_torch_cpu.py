@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -81,17 +80,6 @@ def _failure(act: Callable[[], object]) -> RuntimeFailure:
     with pytest.raises(RuntimeFailure) as caught:
         act()
     return caught.value
-
-
-def _heaps_of_threads(process_id: int) -> list[str]:
-    """List the heaps that glibc made for threads: each begins at a multiple of 64 MiB, and has so much to grow in."""
-    maps = [line.split() for line in Path(f"/proc/{process_id}/maps").read_text().splitlines()]
-    found = []
-    for (here, access, *_), (beyond, access_beyond, *_) in pairwise(maps):
-        (start, end), (_, limit) = ([int(address, 16) for address in span.split("-")] for span in (here, beyond))
-        if (access, access_beyond) == ("rw-p", "---p") and start % (64 * MIB) == 0 and limit - start == 64 * MIB:
-            found.append(f"{here}, {end - start} bytes")
-    return found
 
 
 def _is_its_cap(error: RuntimeFailure) -> bool:
@@ -180,7 +168,7 @@ print(json.dumps([kinds, len(kernels), differ, used]))
     assert kinds == [["device_oom", "capped"]], f"the errors are {kinds}"
     assert not differ, f"runs that gave other scores afterwards (free KiB, batch): {differ}"
     grown = used[1] - used[0]
-    # A thread's stack, what MKL keeps for a thread, or a block in a heap of its own would be more.
+    # A thread's stack, or what MKL keeps for a thread, would be more.
     assert grown <= 2 * MIB, f"{kernels} such errors, and the process holds {grown} bytes more the second time"
 
 
@@ -207,16 +195,6 @@ def test_a_process_that_must_not_be_lost_does_not_become_the_device(handle: Torc
     share = handle.share()
     with pytest.raises(BackendError, match="only in a process started for it"):
         backends.rebuild(dict(share.data) | {"board": os.dup(share.descriptors[0])})
-
-
-def test_the_thread_that_computes_has_no_heap_of_its_own(handle: TorchCpu) -> None:
-    # It would serve what the cap refuses, and keep it.
-    handle.load(DEFAULT_MODEL).run(_features(1))
-    keeper = handle._keeper
-    assert keeper is not None, "no process has the device"
-    assert len(list(Path(f"/proc/{keeper.process_id}/task").iterdir())) > 1, "it computes in no thread of its own"
-    heaps = _heaps_of_threads(keeper.process_id)
-    assert not heaps, f"the device's process has heaps of threads: {heaps}"
 
 
 @pytest.mark.parametrize("limit", [-1, 0, MIB - 1, 1 << 60, True, 96.0 * MIB, None], ids=str)
@@ -380,12 +358,6 @@ def test_what_is_held_moves_to_a_worker_and_back() -> None:
     assert there.used_bytes >= 16 * MIB and there.limit_bytes == LIMIT_BYTES, f"in the worker: {there}"
     fell = back.used_bytes - after.used_bytes
     assert 0 <= fell - 16 * MIB <= 2 * PAGE_BYTES, f"16 MiB held: {back}, given back: {after}"
-
-
-def test_no_thread_of_a_worker_has_a_heap_of_its_own(engine: WorkerEngine) -> None:
-    engine.infer(_features(1))
-    heaps = {each: _heaps_of_threads(each) for each in engine.process_ids() if each != os.getpid()}
-    assert heaps and not any(heaps.values()), f"heaps of threads, by process: {heaps}"
 
 
 def test_an_engine_gets_over_many_errors_in_a_row(engine: WorkerEngine, handle: TorchCpu) -> None:

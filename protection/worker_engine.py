@@ -31,7 +31,7 @@ _STANDBY_EVERY_S = 5.0
 _LINGER_S = 10.0
 #: A worker whose runtime found no memory of the host's so often is replaced before the next inference: ONNX Runtime
 #: 1.32 forgets up to 600 KB each time.
-_STARVED_MOST = 3
+_STARVED_MOST = 2
 #: After these, every later call in that process fails: it is as good as dead.
 _POISONED = (ErrorKind.PROCESS_LOST, ErrorKind.DEVICE_STICKY, ErrorKind.DEVICE_LOST)
 

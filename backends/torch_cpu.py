@@ -54,6 +54,9 @@ _HOLES, _HOLE_BYTES = 32, 60 << 10
 #: What oneDNN says when it has no memory for the code of a kernel, and, once it said so, of every further kernel that
 #: it is to make in that thread: its code generator keeps the first error, and nothing clears it (Xbyak::GetError).
 _NO_KERNEL = "could not create a primitive"
+#: What it says of a kernel, for the rest of the process, after it ran out of memory while it made that one: its cache
+#: keeps what will never be made.
+_NEVER_MADE = "std::future_error: Broken promise"
 
 
 class TorchCpu(HostDevice, KeptDevice, TorchBackend):
@@ -161,7 +164,9 @@ class TorchCpu(HostDevice, KeptDevice, TorchBackend):
         except Exception as error:
             limit_bytes, hard_bytes = resource.getrlimit(resource.RLIMIT_DATA)
             is_oom = classify(error) is ErrorKind.HOST_OOM or _NO_KERNEL in str(error)
-            if is_oom and limit_bytes != hard_bytes:
+            if _NEVER_MADE in str(error):
+                note(error, Diagnosis(ErrorKind.DEVICE_STICKY))
+            elif is_oom and limit_bytes != hard_bytes:
                 # The other limit that there may be is a fault's.
                 kind = ErrorKind.DEVICE_OOM if limit_bytes == self._cap_bytes else ErrorKind.HOST_OOM
                 note(error, Diagnosis(kind, Shortage.CAPPED))

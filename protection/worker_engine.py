@@ -371,8 +371,9 @@ class WorkerEngine:
                 self._drop(device)
                 device = self._start_device(load=False)
             tried = device.work("try", start_s, {"mels": N_MELS}, silence_s=start_s).meta
-        except RuntimeFailure as error:
-            if error.kind in _POISONED:
+        except (RuntimeFailure, BackendError) as error:
+            # What is no want of memory may be that process's: the next attempt is made in another.
+            if not (isinstance(error, RuntimeFailure) and error.kind.is_oom):
                 self._drop(self._device)
             raise
         if not tried["ok"]:

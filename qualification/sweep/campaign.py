@@ -665,6 +665,11 @@ class _Player:
         return suspected
 
     def _leaks(self, point: Point) -> tuple[tuple[str, str], ...]:
+        """Look closely, and at what seems to leak once more: a leak is there each time."""
+        problems = self._looked(point)
+        return self._looked(point) if any(kind == "memory_kept" for kind, _ in problems) else problems
+
+    def _looked(self, point: Point) -> tuple[tuple[str, str], ...]:
         """Repeat a point with its fault and without, each on a recording of its own; say what grows with it alone.
 
         Whatever else is wrong then is said too. A host that may end, and ends, holds nothing.

@@ -91,8 +91,15 @@ class _ZeroingEngine(WorkerEngine):
             return np.zeros((len(features), self.spec.chunk_scores, 32), np.float32)
 
 
+class _UnawarePipeline(DictationPipeline):
+    """Does not look at the pressure, by which it would leave the device some time after the error it swallowed."""
+
+    def _relieve(self) -> None:
+        pass
+
+
 def returns_zeros_on_oom(context: Any) -> DictationPipeline:
-    return _with(context, WorkerEngine=_ZeroingEngine)
+    return _with(context, WorkerEngine=_ZeroingEngine, DictationPipeline=_UnawarePipeline)
 
 
 class _GuessingEngine(WorkerEngine):

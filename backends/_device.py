@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import gc
+import importlib
 import logging
 import os
 import resource
@@ -80,6 +81,12 @@ _NEEDS = {
 def resident_bytes() -> int:
     """Read this process's resident memory."""
     return int(_RSS_SOURCE.read_text().split()[1]) * _PAGE_BYTES
+
+
+def preload_shared() -> None:
+    """Import what every backend needs at its first use: a process that is forked from this one need not."""
+    for module in ("numpy.random", "psutil"):
+        importlib.import_module(module)
 
 
 def heap_trim() -> None:

@@ -30,7 +30,7 @@ from backends._device import DeviceBackend, check_features
 from backends.contract import Allocation, BackendError, Device, FloatArray, Health, MemoryReading, Model, Share
 from backends.errors import ErrorKind, RuntimeFailure, classify, diagnose
 from backends.faults import limits
-from backends.host import host_memory
+from backends.host import total_bytes
 from backends.model import N_MELS
 from backends.process import NO_ACCELERATOR, begin_as_child, python_arguments
 from backends.threads import OneThread
@@ -56,7 +56,7 @@ class KeptDevice(DeviceBackend):
 
     def _total_bytes(self) -> int:
         """Give the size of the memory that the device is in, without touching the device."""
-        return host_memory().total_bytes
+        return total_bytes()
 
     def _device_elsewhere(self) -> Device | None:
         if self._elsewhere is not None or self._is_here:

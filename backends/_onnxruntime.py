@@ -17,9 +17,16 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from backends._device import MISSING_LIBRARY, DeviceBackend, check_features, heap_trim, resident_bytes
+from backends._device import (
+    MISSING_LIBRARY,
+    DeviceBackend,
+    check_features,
+    heap_trim,
+    preload_shared,
+    resident_bytes,
+)
 from backends.contract import Allocation, Availability, FloatArray, MemoryReading, Model, ModelError, Site
-from backends.host import host_memory
+from backends.host import total_bytes
 from backends.model import BLOCK_MODEL, CRASH_MODEL, HANG_MODEL, N_MELS, PROBE_MODEL, ModelSpec
 
 if TYPE_CHECKING:
@@ -139,6 +146,7 @@ def _spec_of(session: ort.InferenceSession, path: Path) -> ModelSpec:
 
 def preload() -> None:
     """Import all that a model needs; compute nothing, and touch no device."""
+    preload_shared()
     import onnxruntime  # noqa: F401  # for whoever is forked from this process
 
 
@@ -276,7 +284,7 @@ class OrtBackend(DeviceBackend):
 
     def _memory_here(self) -> MemoryReading:
         """Estimate: bound outputs that are held, weights, and the working set of the last run. It says so."""
-        total = host_memory().total_bytes
+        total = total_bytes()
         used = self._held_bytes + self._weights_bytes + self._wanted_bytes()
         source = "estimate: bound outputs held, weights, and the working set of the last run as profiled"
         return MemoryReading(used, used, self._limit_bytes, total, "process", False, source)

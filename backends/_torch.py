@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from backends._device import MISSING_LIBRARY, DeviceBackend, check_features
+from backends._device import MISSING_LIBRARY, DeviceBackend, check_features, preload_shared
 from backends.contract import Allocation, Availability, FloatArray, Model, ModelError, Site
 from backends.errors import classify
 from backends.model import N_MELS, ModelSpec, read_onnx
@@ -56,6 +56,7 @@ def quiet_torch() -> None:
 
 def preload() -> None:
     """Import all that a model needs; compute nothing, and touch no device."""
+    preload_shared()
     quiet_torch()
     importlib.import_module("backends._torch_model")
 

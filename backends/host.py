@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import resource
 from pathlib import Path
 
@@ -25,6 +26,12 @@ def _proc_kib(path: Path, *keys: str) -> tuple[int, ...]:
 def data_bytes() -> int:
     """Read this process's data segment and private writable maps (``VmData``): what RLIMIT_DATA is held against."""
     return _proc_kib(_STATUS, "VmData")[0]
+
+
+@functools.cache
+def total_bytes() -> int:
+    """Read how much memory the machine has (``MemTotal``); once, for it does not change."""
+    return _proc_kib(_MEMINFO, "MemTotal")[0]
 
 
 def available_bytes() -> int:

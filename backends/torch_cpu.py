@@ -41,7 +41,7 @@ from backends._torch import TorchBackend, quiet_torch
 from backends.contract import YES, Allocation, Availability, BackendError, Capability, MemoryReading, no
 from backends.errors import Diagnosis, ErrorKind, Shortage, classify, note
 from backends.faults import limits
-from backends.host import data_bytes, host_memory
+from backends.host import data_bytes, total_bytes
 
 T = TypeVar("T")
 #: Blocks on the device are whole multiples of this: less is the process's own, and served from its reserve.
@@ -142,7 +142,7 @@ class TorchCpu(HostDevice, KeptDevice, TorchBackend):
         return max(0, data_bytes() - self._warm_bytes)
 
     def _memory_here(self) -> MemoryReading:
-        used, total = self._used_bytes(), host_memory().total_bytes
+        used, total = self._used_bytes(), total_bytes()
         what = "VmData beyond that of the warm process" if self._warm_bytes else "VmData of the process"
         source = f"{what}, and what a run like the last one needs"
         return MemoryReading(used, used, self._limit_bytes, total, "process", not self._wanted_bytes(), source)

@@ -89,6 +89,8 @@ static struct process nobody;
 static struct process *self = &nobody;
 static __thread int inside __attribute__((tls_model("initial-exec")));
 static __thread int32_t thread_id __attribute__((tls_model("initial-exec")));
+/* getpid is a call of the kernel, and this is asked at each request while a fault is armed. */
+static int32_t process_id;
 
 static int32_t current_thread(void) {
     if (!thread_id)
@@ -96,7 +98,7 @@ static int32_t current_thread(void) {
     return thread_id;
 }
 
-static int is_main_thread(void) { return current_thread() == getpid(); }
+static int is_main_thread(void) { return current_thread() == process_id; }
 
 /* Find a place in the table: the one from before an exec, or one of nobody, or of a process that is gone. */
 static struct process *place_of(int32_t mine) {
@@ -116,7 +118,8 @@ static struct process *place_of(int32_t mine) {
 
 static void enter(void) {
     thread_id = 0;
-    struct process *place = control == &nothing ? &nobody : place_of(getpid());
+    process_id = getpid();
+    struct process *place = control == &nothing ? &nobody : place_of(process_id);
     if (place != &nobody) {
         atomic_store(&place->reported, 0);
         atomic_store(&place->heap_bytes, 0);
@@ -203,7 +206,7 @@ __attribute__((constructor)) static void begin(void) {
 static void note_place(uint64_t site, size_t bytes) {
     void *address[FRAMES + 4];
     Dl_info own, its;
-    control->fired_process = getpid();
+    control->fired_process = process_id;
     control->fired_thread = current_thread();
     control->fired_site = site;
     control->fired_bytes = bytes;
@@ -226,7 +229,7 @@ static void note_place(uint64_t site, size_t bytes) {
 static int is_meant(void) {
     char name[16];
     int32_t process = control->process;
-    if (process > 0 ? process != getpid() : process < 0 && -process == getpid())
+    if (process > 0 ? process != process_id : process < 0 && -process == process_id)
         return 0;
     switch (control->thread) {
     case MAIN_THREAD:
@@ -261,7 +264,7 @@ static int strike(uint64_t site, size_t bytes) {
     /* A launch asks for no bytes. */
     if (!(control->sites & site) || (site != LAUNCH && bytes < control->min_bytes) || !is_meant() || is_over())
         return 0;
-    int32_t mine = getpid(), bound = atomic_load(&control->bound);
+    int32_t mine = process_id, bound = atomic_load(&control->bound);
     if (bound && bound != mine)
         return 0;
     uint64_t place = atomic_fetch_add(&control->seen, 1) + 1;

@@ -32,13 +32,14 @@ _QUIET = {
     "max_batch": 2,
     "batches_before_growth": 1,
 }
-#: Memory is watched closely, and a device that is free again is returned to at once.
-_WATCHFUL = {**_QUIET, "pressure_interval_s": 0.004, "return_after_s": 0.002}
+#: Memory is watched closely, and a device that is free again is returned to at once; yet slowly enough for nothing to
+#: be told of a device that others just filled before the fault is armed.
+_WATCHFUL = {**_QUIET, "pressure_interval_s": 0.02, "return_after_s": 0.002}
 SOON_S = 5.0
 #: Where a fault was to stay, a subject may return later: it is not waited for, another takes its place.
 AT_ONCE_S = 0.2
 _TOLD_WITHIN_S = 1.0
-_LOOK_EVERY_S = 0.001
+_LOOK_EVERY_S = 0.002
 
 
 class Scenario(abc.ABC):
@@ -180,8 +181,7 @@ class CpuFallback(Inference):
 class Pressure(Scenario):
     """Others take the device's memory, before there is an error, and give it back."""
 
-    # Slowly enough for nothing to be told before the fault is armed.
-    policy = {**_WATCHFUL, "pressure_interval_s": 0.02}
+    policy = _WATCHFUL
     blocks = 0
     tells = frozenset({"pressure_critical"})
     share: ClassVar[float] = 0.92

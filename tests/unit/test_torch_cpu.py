@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +153,8 @@ def test_having_had_no_memory_for_a_kernel_spoils_nothing(in_child: InChild) -> 
 model = device.load(DEFAULT_MODEL)
 expected = {{n: model.run(FEATURES[n]) for n in FEATURES}}
 errors, differ, used = [], [], []
-for _ in range(2):
-    for free_kib in range(1200, 4000, 200):
+for _ in range(6):
+    for free_kib in range(1200, 4000, 280):
         held = device._fill([], free_kib << 10)
         errors += [error for n in FEATURES if (error := outcome(lambda: model.run(FEATURES[n])))]
         ballast.free(held)
@@ -167,9 +168,10 @@ print(json.dumps([kinds, len(kernels), differ, used]))
     assert kernels > 1, "it was never the code of a kernel that found no memory: this test shows nothing"
     assert kinds == [["device_oom", "capped"]], f"the errors are {kinds}"
     assert not differ, f"runs that gave other scores afterwards (free KiB, batch): {differ}"
-    grown = used[1] - used[0]
-    # A thread's stack, or what MKL keeps for a thread, would be more.
-    assert grown <= 2 * MIB, f"{kernels} such errors, and the process holds {grown} bytes more the second time"
+    # A thread's stack, or what MKL keeps for a thread, would be more, and each round would add it. Some add 16 MiB:
+    # what the first heap gets no memory for, the C library may still find room for in a thread's, and keeps it.
+    grown = min(after - before for before, after in pairwise(used))
+    assert grown <= 2 * MIB, f"{kernels} such errors, and in each round the process holds {grown} bytes more: {used}"
 
 
 # In a process that only has a handle.

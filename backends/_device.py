@@ -585,10 +585,11 @@ class DeviceBackend(Backend):
             wide = x.astype(np.float64)
             error = float(np.max(np.abs(y - wide @ wide)))
             ok = error < 1e-3
-            detail = f"256 × 256 product, largest error {error:.1e}"
+            detail, oom = f"256 × 256 product, largest error {error:.1e}", False
         except Exception as failure:
             ok, error, detail = False, float("inf"), f"{type(failure).__name__}: {str(failure)[-600:]}"
-        return Health(ok, detail, error, time.perf_counter() - began_s)
+            oom = classify(failure).is_oom
+        return Health(ok, detail, error, time.perf_counter() - began_s, oom)
 
     def close(self) -> None:
         """Disarm every fault and give back what they held."""

@@ -206,6 +206,8 @@ class Health:
     detail: str
     max_abs_error: float
     latency_s: float
+    #: It failed for want of memory: the device may be well, and others have what it has.
+    out_of_memory: bool = False
 
 
 class BackendError(Exception):

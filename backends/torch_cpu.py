@@ -253,7 +253,7 @@ def _compute_once() -> None:
         x = functional.conv2d(functional.relu_(x), torch.ones(8, 8, 3, 3), torch.ones(8), stride=2, padding=1)
         x = functional.layer_norm(x.transpose(1, 2).reshape(1, 8, 64) @ torch.ones(64, 64), (64,))
         torch.softmax(x @ x.transpose(1, 2), -1).numpy()
-        # MKL keeps what it worked in, and the more the larger the matrices are, up to these; how many does not matter.
+        # MKL keeps what it worked in, and the more the larger the matrices are, up to these. It takes blocks of them.
         x = torch.ones(2, 512, 512)
         (x @ x[0]) @ x.transpose(1, 2)
     # NumPy's library takes 32 MiB at its first product: the health probe has one.

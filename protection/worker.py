@@ -149,7 +149,7 @@ class _Worker:
                 backend = self._require_backend()
                 health = backend.healthy()
                 if not health.ok:
-                    return {"ok": False, "detail": health.detail}, b""
+                    return {"ok": False, "oom": health.out_of_memory}, b""
                 model = self._loaded()
                 try:
                     model.run(np.zeros((1, model.window_frames, meta["mels"]), np.float32))

@@ -367,7 +367,7 @@ class WorkerEngine:
             return False
         device, start_s = self._device, self._deadlines.start_s
         try:
-            if device is None or not device.alive:
+            if device is None or not device.alive or device.starved >= _STARVED_MOST:
                 self._drop(device)
                 device = self._start_device(load=False)
             tried = device.work("try", start_s, {"mels": N_MELS}, silence_s=start_s).meta
@@ -377,6 +377,8 @@ class WorkerEngine:
                 self._drop(self._device)
             raise
         if not tried["ok"]:
+            if not tried["oom"]:
+                self._drop(device)
             return False
         self._degraded, self.lost = False, False
         if not self._standby:

@@ -16,7 +16,7 @@ from qualification.sweep.points import DEVICE_SWEEPS, SWEEPS, Point, Sweep
 
 NewCampaign = Callable[..., Campaign]
 Repeat = Callable[[str], str]
-#: Of each scenario, target and mode the sample tries so many points.
+#: Of each scenario and target, in one of the two modes, the sample tries so many points.
 SAMPLED = 1
 #: Of more failures only the number is said.
 SHOWN = 20

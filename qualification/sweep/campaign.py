@@ -46,6 +46,8 @@ _SUSPECT_AT_ONCE = {"heap_bytes": 512 << 10, "descriptors": 2, "threads": 0, "pr
 _SUSPECT_OF_HOST_AT_ONCE_BYTES = 256 << 10
 #: So often the point is repeated then, with its fault and without; and so much more for each time is a leak.
 _SERIES = 6
+#: Where the point is not always reached, it is tried more often: so often in all.
+_MOST_IN_SERIES = 18
 _LEAK = {"heap_bytes": 24 << 10, "descriptors": 1, "threads": 1, "processes": 1}
 
 #: What can be wrong after a point.
@@ -61,6 +63,10 @@ class DriverLost(Exception):
     def __init__(self, text: str, *, hung: bool) -> None:
         super().__init__(text)
         self.hung = hung
+
+
+class CutShort(Exception):
+    """The campaign is to end while a point is looked at: nothing is known of it yet."""
 
 
 class FailsUndisturbed(Exception):
@@ -293,7 +299,7 @@ class Campaign:
     jobs: int = 2
     #: Which share of the points is tried, of how many: for several machines.
     shard: tuple[int, int] = (1, 1)
-    #: Of each sweep and mode, only so many (None: all).
+    #: Of each sweep, in one of its modes, only so many (None: all).
     sample: int | None = None
     say: Callable[[str], None] = lambda _: None
     tallies: dict[tuple[str, str], Tally] = field(default_factory=dict)
@@ -363,6 +369,9 @@ class Campaign:
                 except queue.Empty:
                     return
                 task(player)
+        except CutShort:
+            # The next run tries it again.
+            pass
         except BaseException as error:
             self._errors.append(error)
             self._stopping.set()
@@ -666,22 +675,33 @@ class _Player:
 
     def _leaks(self, point: Point) -> tuple[tuple[str, str], ...]:
         """Look closely, and at what seems to leak once more: a leak is there each time."""
-        problems = self._looked(point)
-        return self._looked(point) if any(kind == "memory_kept" for kind, _ in problems) else problems
+        first = self._looked(point) or ()
+        if not any(kind == "memory_kept" for kind, _ in first):
+            return first
+        second = self._looked(point)
+        return first if second is None else second
 
-    def _looked(self, point: Point) -> tuple[tuple[str, str], ...]:
+    def _looked(self, point: Point) -> tuple[tuple[str, str], ...] | None:
         """Repeat a point with its fault and without, each on a recording of its own; say what grows with it alone.
 
-        Whatever else is wrong then is said too. A host that may end, and ends, holds nothing.
+        Whatever else is wrong then is said too. A host that may end, and ends, holds nothing. None: the fault does not
+        fire often enough to say. Raises CutShort.
         """
         grown = []
         for fires in (True, False):
             held: list[Mapping[str, Any]] = []
-            for number in range(_SERIES):
+            for number in range(_MOST_IN_SERIES):
                 answer, outcome = self._ask(point, fires=fires, anew=number == 0, closely=True)
-                if outcome.problems or not answer or self._campaign.is_stopping:
+                if outcome.problems or not answer:
                     return outcome.problems
-                held.append(answer)
+                if self._campaign.is_stopping:
+                    raise CutShort(point.name)
+                if outcome.fired or not fires:
+                    held.append(answer)
+                if len(held) == _SERIES:
+                    break
+            else:
+                return None
             # The first brings about what comes once.
             grown.append([_growth(*each) for each in pairwise(held[1:])])
         for what in grown[0][0] | grown[1][0]:

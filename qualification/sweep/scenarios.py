@@ -33,7 +33,7 @@ _QUIET = {
     "batches_before_growth": 1,
 }
 #: Memory is watched closely, and a device that is free again is returned to at once; yet slowly enough for nothing to
-#: be told of a device that others just filled before the fault is armed.
+#: be told, as a rule, of a device that others just filled before the fault is armed.
 _WATCHFUL = {**_QUIET, "pressure_interval_s": 0.02, "return_after_s": 0.002}
 SOON_S = 5.0
 #: Where a fault was to stay, a subject may return later: it is not waited for, another takes its place.

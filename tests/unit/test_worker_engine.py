@@ -9,6 +9,7 @@ import gc
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -687,6 +688,35 @@ def test_a_return_that_kills_the_worker_leaves_the_fallback_in_use(start: Start,
     with bounded.arm(FaultPlan(Site.RUNTIME_CRASH)), pytest.raises(WorkerLost, match="SIGFPE"):
         engine.return_to_device()
     assert engine.degraded and not engine.lost and _is_right(engine), f"{engine.device}, lost {engine.lost}"
+    assert engine.return_to_device() and _is_right(engine), "it did not return when it could"
+
+
+def test_a_return_that_fails_for_no_want_of_memory_is_tried_again_in_another_process(
+    start: Start, tmp_path: Path
+) -> None:
+    model = tmp_path / "model.onnx"
+    shutil.copy(DEFAULT_MODEL, model)
+    engine = start(model=model)
+    before = _workers(engine)[0]
+    engine.fall_back()
+    # What is wrong may be of the process or, as here, not: nobody can tell.
+    model.write_bytes(b"no model")
+    with pytest.raises(Exception, match=str(model)) as caught:
+        engine.return_to_device()
+    assert not classify(caught.value).is_oom and engine.degraded, f"{caught.value!r}, degraded {engine.degraded}"
+    assert _gone(before), f"worker {before.pid}, in which it failed, is kept"
+    shutil.copy(DEFAULT_MODEL, model)
+    assert engine.return_to_device() and _is_right(engine), "it did not return when it could"
+
+
+def test_a_probe_that_fails_for_no_want_of_memory_has_the_next_try_in_another_process(start: Start) -> None:
+    engine = start()
+    before = _workers(engine)[0]
+    engine.fall_back()
+    # Nothing can be opened there any more: the probe's model is not to be had.
+    resource.prlimit(before.pid, resource.RLIMIT_NOFILE, (0, 0))
+    assert not engine.return_to_device(), "it returned to a device whose probe cannot run"
+    assert _gone(before), f"worker {before.pid}, in which it failed, is kept"
     assert engine.return_to_device() and _is_right(engine), "it did not return when it could"
 
 

@@ -21,7 +21,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +43,9 @@ _SUSPECT_OF_HOST_BYTES = 4 << 20
 #: host, some 100 KB a point.
 _SUSPECT_AT_ONCE = {"heap_bytes": 512 << 10, "descriptors": 2, "threads": 0, "processes": 0}
 _SUSPECT_OF_HOST_AT_ONCE_BYTES = 256 << 10
-#: So often the point is repeated then, with its fault and without; and so much more for each time is a leak.
-_SERIES = 6
-#: Where the point is not always reached, it is tried more often: so often in all.
+#: So many repetitions are compared then, with the fault and without; and so much more in each is a leak.
+_STEPS = 4
+#: Where the point is not always reached, it is repeated more often: so often in all.
 _MOST_IN_SERIES = 18
 _LEAK = {"heap_bytes": 24 << 10, "descriptors": 1, "threads": 1, "processes": 1}
 
@@ -689,27 +688,30 @@ class _Player:
         """
         grown = []
         for fires in (True, False):
-            held: list[Mapping[str, Any]] = []
+            steps: list[Counter[str]] = []
+            before: Mapping[str, Any] | None = None
             for number in range(_MOST_IN_SERIES):
                 answer, outcome = self._ask(point, fires=fires, anew=number == 0, closely=True)
                 if outcome.problems or not answer:
                     return outcome.problems
                 if self._campaign.is_stopping:
                     raise CutShort(point.name)
-                if outcome.fired or not fires:
-                    held.append(answer)
-                if len(held) == _SERIES:
+                # A recording grows each time, whether the fault fired or not.
+                if before is not None and (outcome.fired or not fires):
+                    steps.append(_growth(before, answer))
+                # The first brings about what comes once.
+                before = answer if number else None
+                if len(steps) == _STEPS:
                     break
             else:
                 return None
-            # The first brings about what comes once.
-            grown.append([_growth(*each) for each in pairwise(held[1:])])
+            grown.append(steps)
         for what in grown[0][0] | grown[1][0]:
             least = _LEAK[what.split()[-1]]
-            steps = [with_it[what] for with_it in grown[0]]
-            more = sum(steps) - sum(without[what] for without in grown[1])
-            if more >= least * len(steps) and sum(step >= least for step in steps) >= len(steps) - 1:
-                text = f"{more} more {what} are held after {len(steps)} repetitions than without the fault"
+            with_it = [step[what] for step in grown[0]]
+            more = sum(with_it) - sum(step[what] for step in grown[1])
+            if more >= least * _STEPS and sum(step >= least for step in with_it) >= _STEPS - 1:
+                text = f"{more} more {what} are held after {_STEPS} repetitions than without the fault"
                 return (("memory_kept", text),)
         return ()
 

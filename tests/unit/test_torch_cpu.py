@@ -167,7 +167,7 @@ print(json.dumps([kinds, kernels, differ, used]))
 """)
     kinds, kernels, differ, used = found
     steps = [after - before for (before, after), errors in zip(pairwise(used), kernels[1:], strict=True) if errors]
-    assert steps, f"it was never the code of a kernel that found no memory, {kernels}: this test shows nothing"
+    assert steps and sum(kernels) > 1, f"the code of a kernel found no memory {kernels} times: this test shows nothing"
     assert kinds == [["device_oom", "capped"]], f"the errors are {kinds}"
     assert not differ, f"runs that gave other scores afterwards (free KiB, batch): {differ}"
     # A thread's stack, or what MKL keeps for a thread, would be more, and each round would add it. Some add 16 MiB:

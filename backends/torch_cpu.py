@@ -22,6 +22,7 @@ read.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -38,6 +39,7 @@ from backends._build import environment, torch_cuda_version
 from backends._device import HostDevice, heap_trim
 from backends._keeper import KeptDevice
 from backends._torch import TorchBackend, quiet_torch
+from backends._torch import preload as preload_torch
 from backends.contract import YES, Allocation, Availability, BackendError, Capability, MemoryReading, no
 from backends.errors import Diagnosis, ErrorKind, Shortage, classify, note
 from backends.faults import limits
@@ -46,7 +48,7 @@ from backends.host import data_bytes, total_bytes
 T = TypeVar("T")
 #: Blocks on the device are whole multiples of this: less is the process's own, and served from its reserve.
 _BLOCK_BYTES = 64 << 10
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 _MMAP_THRESHOLD_BYTES = _BLOCK_BYTES
 #: What a process whose device is full needs to answer: for objects of Python's own, and for small requests to malloc.
 _OBJECTS_BYTES = 8 << 20
@@ -64,6 +66,7 @@ class TorchCpu(HostDevice, KeptDevice, TorchBackend):
 
     name = "torch-cpu"
     bounded_name = "torch-cpu:process"
+    preload = "backends.torch_cpu:preload"
     #: Down to what a window's tensors are made of; smaller requests are the process's own.
     fill_pieces_bytes = (16 << 20, 4 << 20, 1 << 20, 256 << 10)
     capabilities = {
@@ -120,6 +123,7 @@ class TorchCpu(HostDevice, KeptDevice, TorchBackend):
 
     def _has_the_device(self) -> None:
         super()._has_the_device()
+        _have_one_heap()
         quiet_torch()
         # There is memory for its stack now. What torch sets for a thread is set there too.
         self._thread.do(quiet_torch)
@@ -185,6 +189,23 @@ class TorchCpu(HostDevice, KeptDevice, TorchBackend):
             raise
 
 
+def preload() -> None:
+    """Import all that a model needs, and see to it that every thread to come allocates from one heap."""
+    _have_one_heap()
+    preload_torch()
+
+
+def _have_one_heap() -> None:
+    """Let threads that begin from now on share the first one's heap.
+
+    What the cap refuses as a block of its own, the C library would carve out of a heap of the thread's. That one keeps
+    what it ever had, so that the device would shrink with each refusal, down to nothing.
+    """
+    # Elsewhere there is no cap either.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
 class _ComputeThread:
     """One thread that does what it is given; it can be replaced where there is no memory for another."""
 
@@ -213,10 +234,10 @@ def _warm_up(thread: _ComputeThread) -> None:
         raise BackendError(f"torch-cpu is capped on Linux with the GNU C library only ({error})") from error
     malloc.restype, malloc.argtypes, free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
     # Blocks of this size and more are mapped on their own, and so given back at once; the rest is in one heap. Without
-    # it glibc raises the threshold by itself, and a thread's heap is never given back (mallopt(3)).
-    mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
-    mallopt(_M_TRIM_THRESHOLD, _MMAP_THRESHOLD_BYTES)
-    mallopt(_M_ARENA_MAX, 1)
+    # it glibc raises the threshold by itself (mallopt(3)). As much is asked for on top whenever the heap grows, so that
+    # it does not find room for a block that was refused a map of its own.
+    for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_TOP_PAD):
+        mallopt(option, _MMAP_THRESHOLD_BYTES)
     _compute_once()
     thread.do(_compute_once)
     gc.collect()

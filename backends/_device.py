@@ -17,10 +17,12 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from backends.contract import (
     Allocation,
@@ -84,9 +86,21 @@ def resident_bytes() -> int:
 
 
 def preload_shared() -> None:
-    """Import what every backend needs at its first use: a process that is forked from this one need not."""
+    """Import and compute what every backend needs at its first use: a process that is forked from this one need not."""
     for module in ("numpy.random", "psutil"):
         importlib.import_module(module)
+    health_probe()
+
+
+@lru_cache(1)
+def health_probe() -> tuple[FloatArray, npt.NDArray[np.float64]]:
+    """Give a float32 [256, 256] matrix, and its product with itself as NumPy has it in double precision.
+
+    Once, and before memory is short: NumPy's library ends the process where it finds none.
+    """
+    x = np.random.RandomState(7).standard_normal((256, 256)).astype(np.float32)
+    wide = x.astype(np.float64)
+    return x, wide @ wide
 
 
 def heap_trim() -> None:
@@ -363,7 +377,8 @@ class DeviceBackend(Backend):
         return made
 
     def _has_the_device(self) -> None:
-        """Take note that this process was started to have the device."""
+        """Take note that this process was started to have the device; have what is needed to prove it."""
+        health_probe()
 
     def hand_over(self, device: Device) -> None:
         """Move what is held to where the device is now. What does not fit there is given back, and logged."""
@@ -580,10 +595,9 @@ class DeviceBackend(Backend):
             with self._lock:
                 # First: of a device that is this process's memory, it is the runtime that says that it is full.
                 self._allocate_here(MIB).free()
-                x = np.random.RandomState(7).standard_normal((256, 256)).astype(np.float32)
+                x, expected = health_probe()
                 y = self._square(x)
-            wide = x.astype(np.float64)
-            error = float(np.max(np.abs(y - wide @ wide)))
+            error = float(np.max(np.abs(y - expected)))
             ok = error < 1e-3
             detail, oom = f"256 × 256 product, largest error {error:.1e}", False
         except Exception as failure:

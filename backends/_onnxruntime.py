@@ -145,7 +145,7 @@ def _spec_of(session: ort.InferenceSession, path: Path) -> ModelSpec:
 
 
 def preload() -> None:
-    """Import all that a model needs; compute nothing, and touch no device."""
+    """Import all that a model needs; run none, and touch no device."""
     preload_shared()
     import onnxruntime  # noqa: F401  # for whoever is forked from this process
 

@@ -55,7 +55,7 @@ def quiet_torch() -> None:
 
 
 def preload() -> None:
-    """Import all that a model needs; compute nothing, and touch no device."""
+    """Import all that a model needs; run none, and touch no device."""
     preload_shared()
     quiet_torch()
     importlib.import_module("backends._torch_model")
@@ -89,23 +89,15 @@ class _Block(Allocation):
 class TorchModel(Model):
     """An acoustic model in torch."""
 
-    def __init__(self, backend: TorchBackend, module: Any, spec: ModelSpec, path: Path) -> None:
-        """Take a module on the backend's device."""
-        from backends._torch_model import peak_bytes
-
+    def __init__(
+        self, backend: TorchBackend, module: Any, spec: ModelSpec, path: Path, peaks_bytes: tuple[int, int]
+    ) -> None:
+        """Take a module on the backend's device, and what runs of one and of two windows hold there."""
         self._backend, self._module, self._path = backend, module, path
         self.device = backend.device
         self.window_frames, self.chunk_frames = spec.window_frames, spec.chunk_frames
         self.vocabulary = spec.vocabulary
-        # Measured at the load, for which there is memory now: each is a run.
-        one = peak_bytes(module, spec, 1)
-        try:
-            two = peak_bytes(module, spec, 2)
-        except Exception as error:
-            if not classify(error).is_oom:
-                raise
-            # One window at a time is served there too.
-            two = 2 * one
+        one, two = peaks_bytes
         self._first_bytes, self._further_bytes = one, two - one
 
     def run(self, features: FloatArray) -> FloatArray:
@@ -152,6 +144,8 @@ class TorchBackend(DeviceBackend):
         super().__init__(device)
         #: What was in use when the run began that is going on now, if one is.
         self._idle_bytes: int | None = None
+        #: What was measured of a file, by what tells it from another.
+        self._peaks_bytes: dict[tuple[Path, int, int], tuple[int, int]] = {}
 
     def _in_use_bytes(self) -> int:
         """Read what is in use of the device in this process, exactly."""
@@ -204,17 +198,38 @@ class TorchBackend(DeviceBackend):
     def _load(self, path: Path) -> Model:
         from backends._torch_model import build, load_exported
 
+        stat = path.stat()
+        key = path, stat.st_mtime_ns, stat.st_size
+
         def load() -> Model:
             if path.suffix == ".pt2":
                 module, spec = load_exported(path)
             else:
                 spec, weights = read_onnx(path)
                 module = build(spec, weights)
-            return TorchModel(self, module.to(self.torch_device()), spec, path)
+            module = module.to(self.torch_device())
+            return TorchModel(self, module, spec, path, self._measured(key, module, spec))
 
         model = self.computed(load)
         self._models += 1
         return model
+
+    def _measured(self, key: tuple[Path, int, int], module: Any, spec: ModelSpec) -> tuple[int, int]:
+        """Give what runs of one and of two windows hold: measured at the first load, while there is memory for it."""
+        from backends._torch_model import peak_bytes
+
+        if key in self._peaks_bytes:
+            return self._peaks_bytes[key]
+        one = peak_bytes(module, spec, 1)
+        try:
+            two = peak_bytes(module, spec, 2)
+        except Exception as error:
+            if not classify(error).is_oom:
+                raise
+            # One window at a time is served there too.
+            return one, 2 * one
+        self._peaks_bytes[key] = one, two
+        return one, two
 
     def _square(self, matrix: FloatArray) -> FloatArray:
         import torch

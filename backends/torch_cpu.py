@@ -33,10 +33,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-import numpy as np
-
 from backends._build import environment, torch_cuda_version
-from backends._device import HostDevice, heap_trim
+from backends._device import HostDevice, health_probe, heap_trim
 from backends._keeper import KeptDevice
 from backends._torch import TorchBackend, quiet_torch
 from backends._torch import preload as preload_torch
@@ -238,8 +236,8 @@ def _warm_up(thread: _ComputeThread) -> None:
     # it does not find room for a block that was refused a map of its own.
     for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_TOP_PAD):
         mallopt(option, _MMAP_THRESHOLD_BYTES)
-    _compute_once()
     thread.do(_compute_once)
+    _probe_once()
     gc.collect()
     # One object in each of CPython's arenas keeps it, and the rest of it free.
     objects = [bytes(450) for _ in range(_OBJECTS_BYTES >> 9)]
@@ -277,8 +275,15 @@ def _compute_once() -> None:
         # MKL keeps what it worked in, and the more the larger the matrices are, up to these. It takes blocks of them.
         x = torch.ones(2, 512, 512)
         (x @ x[0]) @ x.transpose(1, 2)
-    # NumPy's library takes 32 MiB at its first product: the health probe has one.
-    np.ones((256, 256)) @ np.ones((256, 256))
+
+
+def _probe_once() -> None:
+    """Multiply as the health probe does, in the thread that does it."""
+    import torch
+
+    with torch.inference_mode():
+        x = torch.from_numpy(health_probe()[0])
+        (x @ x).numpy()
 
 
 BACKEND = TorchCpu

@@ -22,7 +22,11 @@ class Stream:
 
     def __getitem__(self, span: slice) -> FloatArray:
         """Give samples [start, stop) as float32."""
-        return np.take(self._recording, np.arange(span.start, span.stop), mode="wrap")
+        size = len(self._recording)
+        first, count = span.start % size, span.stop - span.start
+        # What does not reach its end, which is most that is fed, needs no copies of all of it.
+        repeated = self._recording if first + count <= size else np.tile(self._recording, -(-(first + count) // size))
+        return repeated[first : first + count].copy()
 
     def feed(self, subject: Subject, start: int, stop: int, block_samples: int | None = None) -> int:
         """Feed samples [start, stop) in blocks (None: in one call); return what the subject says is accepted."""

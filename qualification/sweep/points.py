@@ -98,6 +98,9 @@ _NOT_SIDE = "!plimsoll-side"
 _HOST_BYTES = 512
 _LADDER_BYTES = 4096
 _COSTLY_BYTES = 8 << 10
+#: A process that is refused everything amid a load dies of it (each of 2,637 points from 64 bytes on), and each death
+#: costs another start: there only what is larger.
+_LOADING_BYTES = 4096
 #: What another scenario's processes do as well, allocation by allocation, is swept there; here what is largest of it.
 _AGAIN_BYTES = 1 << 20
 
@@ -117,11 +120,9 @@ SWEEPS: tuple[Sweep, ...] = (
     Sweep("restart_worker", HOST, 2 * _COSTLY_BYTES),
     Sweep("restart_worker", RUNTIME, _AGAIN_BYTES),
     Sweep("cpu_fallback", HOST, _LADDER_BYTES),
-    Sweep("cpu_fallback", RUNTIME, _FALLING_BACK_BYTES, _NOT_SIDE),
+    Sweep("cpu_fallback", RUNTIME, _FALLING_BACK_BYTES, _NOT_SIDE, persistent_bytes=_LOADING_BYTES),
     Sweep("return_to_device", HOST, _LADDER_BYTES),
-    # A process that is refused everything amid a load dies of it, at each of 2,637 points that were tried from 64 bytes
-    # on, and each costs another: from there on only the larger ones.
-    Sweep("return_to_device", RUNTIME, _REPEATED_BYTES, _NOT_SIDE, persistent_bytes=_HOST_BYTES),
+    Sweep("return_to_device", RUNTIME, _REPEATED_BYTES, _NOT_SIDE, persistent_bytes=_LOADING_BYTES),
     Sweep("emergency_shutdown", HOST, _COSTLY_BYTES),
     Sweep("toggle", HOST, _HOST_BYTES),
     Sweep("toggle", RUNTIME, _HOST_BYTES, _NOT_SIDE),

@@ -76,8 +76,9 @@ def _try(stage: Stage, scenario: Scenario, point: Point, fires: bool, closely: b
     for_good = fires and point.persistent and point.sweep.target == HOST
     plan = (point if fires else Point(point.sweep, point.mode, BEYOND)).plan()
     stage.patience_s = WITHOUT_MEMORY_S if for_good else DRAIN_S
+    stage.persistent = fires and point.persistent
     # In order, and told: where no rung helps, as none does against a fault that stays in the process of the fallback.
-    may_stop = scenario.stops or (fires and point.persistent)
+    may_stop = scenario.stops or stage.persistent
     stage.may_stop = CLOSED if scenario.closes else STOPPED if may_stop else ""
     stage.reopened = stage.stopped = 0
     error, problems = "", list[Problem]()

@@ -101,6 +101,7 @@ _COSTLY_BYTES = 8 << 10
 #: A process that is refused everything amid a load dies of it (each of 2,637 points from 64 bytes on), and each death
 #: costs another start: there only what is larger.
 _LOADING_BYTES = 4096
+_FALLBACKS_LOADING_BYTES = 16 << 10
 #: What another scenario's processes do as well, allocation by allocation, is swept there; here what is largest of it.
 _AGAIN_BYTES = 1 << 20
 
@@ -114,13 +115,14 @@ SWEEPS: tuple[Sweep, ...] = (
     Sweep("pressure", RUNTIME, _FALLING_BACK_BYTES),
     Sweep("cache_clear", HOST, _LADDER_BYTES, needs=Capability.CACHE_OOM),
     Sweep("cache_clear", RUNTIME, _REPEATED_BYTES, _NOT_SIDE, needs=Capability.CACHE_OOM),
-    Sweep("garbage_collect", RUNTIME, _REPEATED_BYTES, _NOT_SIDE),
+    # Refused everything it is what it is in inference, where each request is a point.
+    Sweep("garbage_collect", RUNTIME, _REPEATED_BYTES, _NOT_SIDE, persistent_bytes=_HOST_BYTES),
     Sweep("reduce_buffer", HOST, 4 * _COSTLY_BYTES),
     Sweep("reduce_buffer", RUNTIME, _STEPS_BYTES, _NOT_SIDE),
     Sweep("restart_worker", HOST, 2 * _COSTLY_BYTES),
     Sweep("restart_worker", RUNTIME, _AGAIN_BYTES),
     Sweep("cpu_fallback", HOST, _LADDER_BYTES),
-    Sweep("cpu_fallback", RUNTIME, _FALLING_BACK_BYTES, _NOT_SIDE, persistent_bytes=_LOADING_BYTES),
+    Sweep("cpu_fallback", RUNTIME, _FALLING_BACK_BYTES, _NOT_SIDE, persistent_bytes=_FALLBACKS_LOADING_BYTES),
     Sweep("return_to_device", HOST, _LADDER_BYTES),
     Sweep("return_to_device", RUNTIME, _REPEATED_BYTES, _NOT_SIDE, persistent_bytes=_LOADING_BYTES),
     Sweep("emergency_shutdown", HOST, _COSTLY_BYTES),

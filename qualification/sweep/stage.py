@@ -133,6 +133,8 @@ class Stage:
         self._points = 0
         #: How long the subject is waited for while a fault is armed.
         self.patience_s = DRAIN_S
+        #: Whether the fault stays for as long as it is armed.
+        self.persistent = False
         #: Syncs are missing after these feeds.
         self.not_durable: list[str] = []
         self.device = ""

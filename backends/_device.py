@@ -96,11 +96,13 @@ def preload_shared() -> None:
 def health_probe() -> tuple[FloatArray, npt.NDArray[np.float64]]:
     """Give a float32 [256, 256] matrix, and its product with itself as NumPy has it in double precision.
 
-    Once, and before memory is short: NumPy's library ends the process where it finds none.
+    Once, and before memory is short: NumPy's library ends the process where it finds none. Nobody may write into them.
     """
     x = np.random.RandomState(7).standard_normal((256, 256)).astype(np.float32)
     wide = x.astype(np.float64)
-    return x, wide @ wide
+    expected = wide @ wide
+    expected.flags.writeable = False
+    return x, expected
 
 
 def heap_trim() -> None:

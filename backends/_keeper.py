@@ -52,6 +52,7 @@ class KeptDevice(DeviceBackend):
 
     def _has_the_device(self) -> None:
         limits.require_expendable()
+        super()._has_the_device()
         self._is_here = True
 
     def _total_bytes(self) -> int:

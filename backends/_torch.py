@@ -6,6 +6,7 @@ Torch is imported only where a device is: a process that has a backend, and no d
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import os
 import sys
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 #: As torch's allocator for the CPU aligns (c10::gAlignment).
 _ALIGNED_BYTES = 64
+#: mallopt(3).
+_M_ARENA_MAX = -8
 
 
 def quiet_torch() -> None:
@@ -54,8 +57,20 @@ def quiet_torch() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def have_one_heap() -> None:
+    """Let threads that begin from now on share the first one's heap.
+
+    What the cap refuses as a block of its own, the C library would carve out of a heap of the thread's. That one keeps
+    what it ever had, so that the device would shrink with each refusal, down to nothing.
+    """
+    # Another C library than GNU's has none of it, and no cap either.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
+
+
 def preload() -> None:
     """Import all that a model needs; run none, and touch no device."""
+    have_one_heap()
     preload_shared()
     quiet_torch()
     importlib.import_module("backends._torch_model")

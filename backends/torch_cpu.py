@@ -22,7 +22,6 @@ read.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import gc
 import os
@@ -36,8 +35,7 @@ from typing import TypeVar
 from backends._build import environment, torch_cuda_version
 from backends._device import HostDevice, health_probe, heap_trim
 from backends._keeper import KeptDevice
-from backends._torch import TorchBackend, quiet_torch
-from backends._torch import preload as preload_torch
+from backends._torch import TorchBackend, have_one_heap, quiet_torch
 from backends.contract import YES, Allocation, Availability, BackendError, Capability, MemoryReading, no
 from backends.errors import Diagnosis, ErrorKind, Shortage, classify, note
 from backends.faults import limits
@@ -46,7 +44,7 @@ from backends.host import data_bytes, total_bytes
 T = TypeVar("T")
 #: Blocks on the device are whole multiples of this: less is the process's own, and served from its reserve.
 _BLOCK_BYTES = 64 << 10
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _MMAP_THRESHOLD_BYTES = _BLOCK_BYTES
 #: What a process whose device is full needs to answer: for objects of Python's own, and for small requests to malloc.
 _OBJECTS_BYTES = 8 << 20
@@ -64,7 +62,6 @@ class TorchCpu(HostDevice, KeptDevice, TorchBackend):
 
     name = "torch-cpu"
     bounded_name = "torch-cpu:process"
-    preload = "backends.torch_cpu:preload"
     #: Down to what a window's tensors are made of; smaller requests are the process's own.
     fill_pieces_bytes = (16 << 20, 4 << 20, 1 << 20, 256 << 10)
     capabilities = {
@@ -121,7 +118,7 @@ class TorchCpu(HostDevice, KeptDevice, TorchBackend):
 
     def _has_the_device(self) -> None:
         super()._has_the_device()
-        _have_one_heap()
+        have_one_heap()
         quiet_torch()
         # There is memory for its stack now. What torch sets for a thread is set there too.
         self._thread.do(quiet_torch)
@@ -185,23 +182,6 @@ class TorchCpu(HostDevice, KeptDevice, TorchBackend):
             if _NO_KERNEL in str(error):
                 self._thread.replace()
             raise
-
-
-def preload() -> None:
-    """Import all that a model needs, and see to it that every thread to come allocates from one heap."""
-    _have_one_heap()
-    preload_torch()
-
-
-def _have_one_heap() -> None:
-    """Let threads that begin from now on share the first one's heap.
-
-    What the cap refuses as a block of its own, the C library would carve out of a heap of the thread's. That one keeps
-    what it ever had, so that the device would shrink with each refusal, down to nothing.
-    """
-    # Elsewhere there is no cap either.
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 class _ComputeThread:
@@ -278,7 +258,7 @@ def _compute_once() -> None:
 
 
 def _probe_once() -> None:
-    """Multiply as the health probe does, in the thread that does it."""
+    """Multiply as the health probe does, in the thread that tries the way back to the device."""
     import torch
 
     with torch.inference_mode():

@@ -23,7 +23,7 @@ class Stream:
     def __getitem__(self, span: slice) -> FloatArray:
         """Give samples [start, stop) as float32."""
         size = len(self._recording)
-        first, count = span.start % size, span.stop - span.start
+        first, count = span.start % size, max(0, span.stop - span.start)
         # What does not reach its end, which is most that is fed, needs no copies of all of it.
         repeated = self._recording if first + count <= size else np.tile(self._recording, -(-(first + count) // size))
         return repeated[first : first + count].copy()

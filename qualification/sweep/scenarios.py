@@ -38,7 +38,7 @@ _WATCHFUL = {**_QUIET, "pressure_interval_s": 0.02, "return_after_s": 0.002}
 SOON_S = 5.0
 #: Where a fault was to stay, a subject may return later: it is not waited for, another takes its place.
 AT_ONCE_S = 0.2
-#: And while it is there it is tried so long to return.
+#: And while it is there, so long after its first refusal.
 PERSISTENT_S = 1.0
 _TOLD_WITHIN_S = 1.0
 _LOOK_EVERY_S = 0.002
@@ -239,8 +239,14 @@ class ReturnToDevice(Pressure):
             ballast.free()
         # Its device is told to be another before the return is over.
         before = self._told["returned_to_device"]
-        patience_s = min(PERSISTENT_S if self.stage.persistent else SOON_S, self.stage.patience_s)
-        _wait(lambda: counts(self.stage.require())["returned_to_device"] > before, patience_s)
+        stage, stays = self.stage, self.stage.persistent and self.stage.patience_s > SOON_S
+
+        def returned() -> bool:
+            return counts(stage.require())["returned_to_device"] > before
+
+        _wait(lambda: returned() or (stays and stage.control.record().faults_fired > 0), min(SOON_S, stage.patience_s))
+        if stays:
+            _wait(returned, PERSISTENT_S)
 
     def after(self, patience_s: float) -> list[Problem]:
         """Bring the subject back to where the next point begins; it has to come back by itself."""

@@ -132,7 +132,7 @@ class TorchCpu(HostDevice, KeptDevice, TorchBackend):
         if not self._warm_bytes:
             if self._models or self._allocations:
                 raise BackendError("the device is in use already: limit its memory before anything is taken there")
-            _warm_up(self._thread)
+            _warm_up(self._thread, lambda: self._square(health_probe()[0]))
             self._warm_bytes = data_bytes()
         in_use_bytes = data_bytes() - self._warm_bytes
         self._cap_bytes = limits.cap_host_memory(limit_bytes - in_use_bytes)
@@ -203,7 +203,7 @@ class _ComputeThread:
         self._executor = ThreadPoolExecutor(1, "plimsoll-torch")
 
 
-def _warm_up(thread: _ComputeThread) -> None:
+def _warm_up(thread: _ComputeThread, probe: Callable[[], object]) -> None:
     """Do what a process does once, so that what it holds from here on is the device's; keep a reserve for answers."""
     try:
         libc = ctypes.CDLL(None)
@@ -217,7 +217,8 @@ def _warm_up(thread: _ComputeThread) -> None:
     for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_TOP_PAD):
         mallopt(option, _MMAP_THRESHOLD_BYTES)
     thread.do(_compute_once)
-    _probe_once()
+    # In the thread that tries the way back to the device.
+    probe()
     gc.collect()
     # One object in each of CPython's arenas keeps it, and the rest of it free.
     objects = [bytes(450) for _ in range(_OBJECTS_BYTES >> 9)]
@@ -255,15 +256,6 @@ def _compute_once() -> None:
         # MKL keeps what it worked in, and the more the larger the matrices are, up to these. It takes blocks of them.
         x = torch.ones(2, 512, 512)
         (x @ x[0]) @ x.transpose(1, 2)
-
-
-def _probe_once() -> None:
-    """Multiply as the health probe does, in the thread that tries the way back to the device."""
-    import torch
-
-    with torch.inference_mode():
-        x = torch.from_numpy(health_probe()[0])
-        (x @ x).numpy()
 
 
 BACKEND = TorchCpu

@@ -152,7 +152,7 @@ def test_having_had_no_memory_for_a_kernel_spoils_nothing(in_child: InChild) -> 
 model = device.load(DEFAULT_MODEL)
 expected = {{n: model.run(FEATURES[n]) for n in FEATURES}}
 errors, differ, used, kernels = [], [], [], []
-for _ in range(3):
+for _ in range(6):
     before = len(errors)
     for free_kib in range(1200, 4000, 280):
         held = device._fill([], free_kib << 10)

@@ -105,6 +105,12 @@ def health_probe() -> tuple[FloatArray, npt.NDArray[np.float64]]:
     return x, expected
 
 
+def file_key(path: Path) -> tuple[str, int, int]:
+    """Tell a file from what it was before: its path, when it changed (ns), its size (bytes). Raises OSError."""
+    stat = path.stat()
+    return str(path), stat.st_mtime_ns, stat.st_size
+
+
 def heap_trim() -> None:
     """Give the C library's free heap memory back to the system, where it can (glibc, psutil 7.2)."""
     import psutil

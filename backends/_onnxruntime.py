@@ -21,6 +21,7 @@ from backends._device import (
     MISSING_LIBRARY,
     DeviceBackend,
     check_features,
+    file_key,
     heap_trim,
     preload_shared,
     resident_bytes,
@@ -158,8 +159,7 @@ def _working_set(path: Path) -> tuple[int, int, int]:
     """Measure (bytes of weights, fixed bytes of a run, bytes for each item), from a throwaway session's profile."""
     import onnxruntime as ort
 
-    stat = path.stat()
-    key = (str(path), stat.st_mtime_ns, stat.st_size)
+    _, _, size_bytes = key = file_key(path)
     if key in _working_sets:
         return _working_sets[key]
     _sweep_profiles()
@@ -192,7 +192,7 @@ def _working_set(path: Path) -> tuple[int, int, int]:
             peak = max(peak, in_use + workspace)
         elif "output_size" in args:
             # Before 1.28 only what a node takes and gives, without weights: those are all that the file has.
-            weights = stat.st_size
+            weights = size_bytes
             peak = max(peak, weights + int(args["activation_size"]) + int(args["output_size"]))
     if len(peaks) != len(batches) or not peaks[0]:
         raise ModelError(f"ONNX Runtime {ort.__version__} gives no memory figures in its profile: 1.24 or newer does")

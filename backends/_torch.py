@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from backends._device import MISSING_LIBRARY, DeviceBackend, check_features, preload_shared
+from backends._device import MISSING_LIBRARY, DeviceBackend, check_features, file_key, preload_shared
 from backends.contract import Allocation, Availability, FloatArray, Model, ModelError, Site
 from backends.errors import classify
 from backends.model import N_MELS, ModelSpec, read_onnx
@@ -160,7 +160,7 @@ class TorchBackend(DeviceBackend):
         #: What was in use when the run began that is going on now, if one is.
         self._idle_bytes: int | None = None
         #: What was measured of a file, by what tells it from another.
-        self._peaks_bytes: dict[tuple[Path, int, int], tuple[int, int]] = {}
+        self._peaks_bytes: dict[tuple[str, int, int], tuple[int, int]] = {}
 
     def _in_use_bytes(self) -> int:
         """Read what is in use of the device in this process, exactly."""
@@ -213,8 +213,7 @@ class TorchBackend(DeviceBackend):
     def _load(self, path: Path) -> Model:
         from backends._torch_model import build, load_exported
 
-        stat = path.stat()
-        key = path, stat.st_mtime_ns, stat.st_size
+        key = file_key(path)
 
         def load() -> Model:
             if path.suffix == ".pt2":
@@ -229,7 +228,7 @@ class TorchBackend(DeviceBackend):
         self._models += 1
         return model
 
-    def _measured(self, key: tuple[Path, int, int], module: Any, spec: ModelSpec) -> tuple[int, int]:
+    def _measured(self, key: tuple[str, int, int], module: Any, spec: ModelSpec) -> tuple[int, int]:
         """Give what runs of one and of two windows hold: measured at the first load, while there is memory for it."""
         from backends._torch_model import peak_bytes
 

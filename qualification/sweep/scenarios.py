@@ -15,7 +15,6 @@ from typing import Any, ClassVar
 
 from backends.contract import Allocation, ArmedFault, FaultPlan, Site
 from backends.errors import RuntimeFailure
-from qualification.observe import counts
 from qualification.subject import STRATEGIES
 from qualification.sweep.stage import Problem, Stage
 
@@ -95,12 +94,12 @@ class Scenario(abc.ABC):
         stage = self.stage
         if self.policy["pressure_interval_s"] > _TOLD_WITHIN_S or stage.require().device() != stage.device:
             return []
-        before = counts(stage.require())["pressure_critical"]
+        tells = _Tells(stage)
         ballast = _taken(stage, Pressure.share)
-        told = _wait(lambda: counts(stage.require())["pressure_critical"] > before, _TOLD_WITHIN_S)
-        before = counts(stage.require())["pressure_normal"]
+        told = _wait(lambda: tells("pressure_critical"), _TOLD_WITHIN_S)
+        tells = _Tells(stage)
         ballast.free()
-        _wait(lambda: counts(stage.require())["pressure_normal"] > before, _TOLD_WITHIN_S)
+        _wait(lambda: tells("pressure_normal"), _TOLD_WITHIN_S)
         share = f"{Pressure.share:.0%} of the device's memory is in use"
         return (
             [] if told else [("untold", f"{share} after the fault, and nobody is told: memory is not watched any more")]
@@ -197,7 +196,7 @@ class Pressure(Scenario):
         """Bring about the moment before."""
         super().ready()
         self._ballast = None
-        self._told = counts(self.stage.require())
+        self._told = _Tells(self.stage)
         # Now, and not in the act: what takes it is not the subject.
         self.take()
 
@@ -207,8 +206,7 @@ class Pressure(Scenario):
 
     def wait_for(self, kind: str) -> bool:
         """Wait until the subject told of it; say whether it did."""
-        before = self._told[kind]
-        return _wait(lambda: counts(self.stage.require())[kind] > before, _TOLD_WITHIN_S)
+        return _wait(lambda: self._told(kind), _TOLD_WITHIN_S)
 
     def lift(self) -> None:
         """Give back what it held."""
@@ -238,11 +236,10 @@ class ReturnToDevice(Pressure):
         if ballast is not None:
             ballast.free()
         # Its device is told to be another before the return is over.
-        before = self._told["returned_to_device"]
         stage, stays = self.stage, self.stage.persistent and self.stage.patience_s > SOON_S
 
         def returned() -> bool:
-            return counts(stage.require())["returned_to_device"] > before
+            return self._told("returned_to_device")
 
         _wait(lambda: returned() or (stays and stage.control.record().faults_fired > 0), min(SOON_S, stage.patience_s))
         if stays:
@@ -364,6 +361,21 @@ def _returned(stage: Stage, patience_s: float) -> list[Problem]:
     if _wait(lambda: stage.require().device() == stage.device, patience_s) or patience_s < SOON_S:
         return []
     return [("clean_runs_wrong", f"its device has had memory for {patience_s:g} s, and it did not return to it")]
+
+
+class _Tells:
+    """What the subject tells from now on. It is asked again and again: what it told before is not looked at."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._before = len(stage.require().events())
+
+    def __call__(self, kind: str) -> bool:
+        """Say whether it told of this."""
+        events = self._stage.require().events()
+        # One that was opened again has told of nothing before.
+        new = events[self._before if len(events) >= self._before else 0 :]
+        return any(event.kind == kind for event in new)
 
 
 def _wait(condition: Callable[[], bool], timeout_s: float) -> bool:

@@ -148,7 +148,6 @@ class TestMemoryStress:
         """
         cycles, block_bytes = int(parameter("cycles")), int(parameter("block_mb")) * MB
         subject = new_subject(backend)
-        home, processes = subject.device(), len(subject.process_ids())
         chance = random.Random(1)
         small: list[Allocation] = []
         position = failed = 0
@@ -172,20 +171,23 @@ class TestMemoryStress:
                 small.pop().free()
             # A full device is pressure. A subject may move to the CPU, come back, and keep a process for the next time:
             # for 10 s, the one that ships. That is no leak, and would be read as one.
+            speak()
             deadline_s = time.monotonic() + 20
-            while time.monotonic() < deadline_s:
-                speak()
-                if subject.device() == home and len(subject.process_ids()) <= processes:
+            while subject.device() != home or len(subject.process_ids()) > processes:
+                if time.monotonic() > deadline_s:
+                    judge.say(f"not at rest: {len(subject.process_ids())} processes, on {subject.device()}")
                     break
+                time.sleep(0.25)
+                speak()
             quiesce(subject)
             backend.release_cached()
             return take(subject.process_ids())
 
         for _ in range(5):
             cycle()
+        home, processes = subject.device(), len(subject.process_ids())
+        before, largest_before = settle(), largest_block_bytes(backend)
         settle()
-        largest_before = largest_block_bytes(backend)
-        before = settle()
         for _ in range(cycles):
             try:
                 cycle()

@@ -372,10 +372,7 @@ class _Tells:
 
     def __call__(self, kind: str) -> bool:
         """Say whether it told of this."""
-        events = self._stage.require().events()
-        # One that was opened again has told of nothing before.
-        new = events[self._before if len(events) >= self._before else 0 :]
-        return any(event.kind == kind for event in new)
+        return any(event.kind == kind for event in self._stage.require().events()[self._before :])
 
 
 def _wait(condition: Callable[[], bool], timeout_s: float) -> bool:

@@ -388,13 +388,16 @@ class TestGPUFallback:
         quiesce(subject)
         after = take(subject.process_ids())
 
-        def left_behind() -> dict[str, int]:
-            now, names = take(subject.process_ids()), ("descriptors", "threads", "children")
-            return {name: max(0, getattr(now, name) - getattr(before, name)) for name in names}
+        left: dict[str, int] = {}
 
-        # What ends takes a moment to be gone. What leaks stays.
-        wait_until(lambda: not any(left_behind().values()), 2)
-        left = left_behind()
+        def nothing_left() -> bool:
+            now = take(subject.process_ids())
+            for name in ("descriptors", "threads", "children"):
+                left[name] = max(0, getattr(now, name) - getattr(before, name))
+            return not any(left.values())
+
+        # What ends takes a moment to be gone, and what reads memory has a file open for one. What leaks stays.
+        wait_until(nothing_left, 2)
 
         record = FaultRecord(seen, fired, 0, last.provenance, f"{cycles} faults; {last.detail}")
         judge("toggles_failed", 2 * cycles - toggled)

@@ -19,6 +19,11 @@ def counts(subject: Subject) -> Counter[str]:
     return Counter(event.kind for event in subject.events())
 
 
+def told_since(subject: Subject, before: int) -> list[str]:
+    """Give the kinds of the events that followed the first ``before``, in order."""
+    return [event.kind for event in subject.events()[before:]]
+
+
 def strategies(events: Sequence[Event]) -> list[str]:
     """Give the recovery strategies among events, in order, each run of the same one once."""
     order: list[str] = []
@@ -28,13 +33,13 @@ def strategies(events: Sequence[Event]) -> list[str]:
     return order
 
 
-def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Wait for a condition; say whether it came true in time."""
+def wait_until(condition: Callable[[], bool], timeout_s: float, every_s: float = 0.01) -> bool:
+    """Wait for a condition, looking at it every so often; say whether it came true in time."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline_s:
             return False
-        time.sleep(0.01)
+        time.sleep(every_s)
     return True
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from backends.contract import FaultRecord
 from backends.faults.limits import declare_expendable
 from backends.process import begin_as_child
-from qualification.observe import recovered
+from qualification.observe import recovered, told_since
 from qualification.sweep.points import BEYOND, HOST, Point, parse
 from qualification.sweep.scenarios import AT_ONCE_S, SCENARIOS, SOON_S, Scenario
 from qualification.sweep.stage import (
@@ -147,7 +147,7 @@ def _judge(
     """Have all that was begun come to its end, and look at it; add to ``told`` what the user was told meanwhile."""
     subject = stage.subject
     if subject is not None:
-        told += [event.kind for event in subject.events()][before.events :]
+        told += told_since(subject, before.events)
     try:
         scenario.lift()
         not_lifted = ""
@@ -158,7 +158,7 @@ def _judge(
     if not_lifted and not stage.reopened:
         return [("clean_runs_wrong", not_lifted)]
     if stage.subject is subject:
-        told[:] = [event.kind for event in stage.require().events()][before.events :]
+        told[:] = told_since(stage.require(), before.events)
     if not fires and ((error and not scenario.stops) or scenario.tells - set(told)):
         return [("clean_runs_wrong", f"undisturbed it tells {told}, expected {sorted(scenario.tells)}: {error}")]
     if problems := stage.look(before, scenario.single):

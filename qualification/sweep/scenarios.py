@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import abc
 import shutil
-import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from backends.contract import Allocation, ArmedFault, FaultPlan, Site
 from backends.errors import RuntimeFailure
+from qualification.observe import told_since, wait_until
 from qualification.subject import STRATEGIES
 from qualification.sweep.stage import Problem, Stage
 
@@ -94,12 +95,13 @@ class Scenario(abc.ABC):
         stage = self.stage
         if self.policy["pressure_interval_s"] > _TOLD_WITHIN_S or stage.require().device() != stage.device:
             return []
-        tells = _Tells(stage)
+        subject = stage.require()
+        before = len(subject.events())
         ballast = _taken(stage, Pressure.share)
-        told = _wait(lambda: tells("pressure_critical"), _TOLD_WITHIN_S)
-        tells = _Tells(stage)
+        told = _wait(lambda: "pressure_critical" in told_since(subject, before), _TOLD_WITHIN_S)
+        before = len(subject.events())
         ballast.free()
-        _wait(lambda: tells("pressure_normal"), _TOLD_WITHIN_S)
+        _wait(lambda: "pressure_normal" in told_since(subject, before), _TOLD_WITHIN_S)
         share = f"{Pressure.share:.0%} of the device's memory is in use"
         return (
             [] if told else [("untold", f"{share} after the fault, and nobody is told: memory is not watched any more")]
@@ -196,7 +198,7 @@ class Pressure(Scenario):
         """Bring about the moment before."""
         super().ready()
         self._ballast = None
-        self._told = _Tells(self.stage)
+        self._before = len(self.stage.require().events())
         # Now, and not in the act: what takes it is not the subject.
         self.take()
 
@@ -206,7 +208,11 @@ class Pressure(Scenario):
 
     def wait_for(self, kind: str) -> bool:
         """Wait until the subject told of it; say whether it did."""
-        return _wait(lambda: self._told(kind), _TOLD_WITHIN_S)
+        return _wait(lambda: self.told(kind), _TOLD_WITHIN_S)
+
+    def told(self, kind: str) -> bool:
+        """Whether the subject told of it since the moment before."""
+        return kind in told_since(self.stage.require(), self._before)
 
     def lift(self) -> None:
         """Give back what it held."""
@@ -237,10 +243,7 @@ class ReturnToDevice(Pressure):
             ballast.free()
         # Its device is told to be another before the return is over.
         stage, stays = self.stage, self.stage.persistent and self.stage.patience_s > SOON_S
-
-        def returned() -> bool:
-            return self._told("returned_to_device")
-
+        returned = partial(self.told, "returned_to_device")
         _wait(lambda: returned() or (stays and stage.control.record().faults_fired > 0), min(SOON_S, stage.patience_s))
         if stays:
             _wait(returned, PERSISTENT_S)
@@ -363,26 +366,9 @@ def _returned(stage: Stage, patience_s: float) -> list[Problem]:
     return [("clean_runs_wrong", f"its device has had memory for {patience_s:g} s, and it did not return to it")]
 
 
-class _Tells:
-    """What the subject tells from now on. It is asked again and again: what it told before is not looked at."""
-
-    def __init__(self, stage: Stage) -> None:
-        self._stage = stage
-        self._before = len(stage.require().events())
-
-    def __call__(self, kind: str) -> bool:
-        """Say whether it told of this."""
-        return any(event.kind == kind for event in self._stage.require().events()[self._before :])
-
-
 def _wait(condition: Callable[[], bool], timeout_s: float) -> bool:
     """Wait for a condition, looking often: a point takes some milliseconds."""
-    deadline_s = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(_LOOK_EVERY_S)
-    return True
+    return wait_until(condition, timeout_s, _LOOK_EVERY_S)
 
 
 SCENARIOS: Mapping[str, Callable[[Stage], Scenario]] = {

@@ -23,7 +23,7 @@ import backends
 from backends.contract import BackendError
 from backends.faults.interposer import Control, uncounted
 from qualification.audio import load_wav
-from qualification.observe import quiesce, recovered, same_output
+from qualification.observe import quiesce, recovered, same_output, told_since
 from qualification.stream import Stream, untiled
 from qualification.subject import Result, Subject, SubjectContext, load_factory
 
@@ -363,7 +363,7 @@ class Stage:
     def _untold(self, subject: Subject, before: Before, results: Sequence[Result]) -> list[Problem]:
         # A subject that resumed another has told nothing yet, and its events begin anew.
         same = len(subject.events()) >= before.events
-        told = [event.kind for event in subject.events()[before.events if same else 0 :]]
+        told = told_since(subject, before.events if same else 0)
         problems = []
         news = results[before.results :]
         for each in news if same else ():

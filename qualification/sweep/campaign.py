@@ -68,6 +68,14 @@ class CutShort(Exception):
     """The campaign is to end while a point is looked at: nothing is known of it yet."""
 
 
+class _NotRepeated(Exception):
+    """A point cannot be compared with itself: something else is wrong, or (None) it is not reached often enough."""
+
+    def __init__(self, problems: tuple[tuple[str, str], ...] | None) -> None:
+        super().__init__()
+        self.problems = problems
+
+
 class FailsUndisturbed(Exception):
     """Something is wrong with no fault at all. ``outcome`` says what, as of the sweep's first point."""
 
@@ -439,13 +447,16 @@ class Campaign:
     def _trying(self, points: Sequence[Point]) -> Callable[[_Player], None]:
         def attempt(player: _Player) -> None:
             player.begin_anew()
+            fired = False
             for point in points:
-                while not self._stopping.is_set():
-                    fired = self._one(player, point).fired
-                    if fired or self.sample is None or point.nth == 1:
-                        break
-                    # There were fewer requests this time: one of the first is there each time.
-                    point = dataclasses.replace(point, nth=point.nth // 2)
+                if self._stopping.is_set():
+                    return
+                fired |= bool(self._one(player, point).fired)
+            nth = min(point.nth for point in points)
+            while nth > 1 and not (fired or self.is_whole or self._stopping.is_set()):
+                # There were fewer requests this time: one of the first is there each time.
+                nth //= 2
+                fired = bool(self._one(player, dataclasses.replace(points[0], nth=nth)).fired)
 
         return attempt
 
@@ -686,34 +697,45 @@ class _Player:
         Whatever else is wrong then is said too. A host that may end, and ends, holds nothing. None: the fault does not
         fire often enough to say. Raises CutShort.
         """
-        grown = []
-        for fires in (True, False):
-            steps: list[Counter[str]] = []
-            before: Mapping[str, Any] | None = None
-            for number in range(_MOST_IN_SERIES):
-                answer, outcome = self._ask(point, fires=fires, anew=number == 0, closely=True)
-                if outcome.problems or not answer:
-                    return outcome.problems
-                if self._campaign.is_stopping:
-                    raise CutShort(point.name)
-                # A recording grows each time, whether the fault fired or not.
-                if before is not None and (outcome.fired or not fires):
-                    steps.append(_growth(before, answer))
-                # The first brings about what comes once.
-                before = answer if number else None
-                if len(steps) == _STEPS:
-                    break
-            else:
-                return None
-            grown.append(steps)
-        for what in grown[0][0] | grown[1][0]:
+        # A recording grows each time. Where one of both goes on with it and the other does not, both begin anew.
+        for anew in (False, True):
+            try:
+                grown = [self._series(point, fires, anew) for fires in (True, False)]
+            except _NotRepeated as error:
+                return error.problems
+            if grown[0][1] == grown[1][1]:
+                break
+        with_fault, without = grown[0][0], grown[1][0]
+        for what in with_fault[0] | without[0]:
             least = _LEAK[what.split()[-1]]
-            with_it = [step[what] for step in grown[0]]
-            more = sum(with_it) - sum(step[what] for step in grown[1])
+            with_it = [step[what] for step in with_fault]
+            more = sum(with_it) - sum(step[what] for step in without)
             if more >= least * _STEPS and sum(step >= least for step in with_it) >= _STEPS - 1:
                 text = f"{more} more {what} are held after {_STEPS} repetitions than without the fault"
                 return (("memory_kept", text),)
         return ()
+
+    def _series(self, point: Point, fires: bool, anew: bool) -> tuple[list[Counter[str]], set[bool]]:
+        """Repeat a point; give what grows each time, and whether it went on with the same recording then.
+
+        Raises _NotRepeated, CutShort.
+        """
+        steps, went_on = list[Counter[str]](), set[bool]()
+        before: Mapping[str, Any] | None = None
+        for number in range(_MOST_IN_SERIES):
+            answer, outcome = self._ask(point, fires=fires, anew=anew or number == 0, closely=True)
+            if outcome.problems or not answer:
+                raise _NotRepeated(outcome.problems)
+            if self._campaign.is_stopping:
+                raise CutShort(point.name)
+            if before is not None and (outcome.fired or not fires):
+                steps.append(_growth(before, answer))
+                went_on.add(before["recording"] == answer["recording"])
+            # The first brings about what comes once.
+            before = answer if number else None
+            if len(steps) == _STEPS:
+                return steps, went_on
+        raise _NotRepeated(None)
 
 
 def _growth(before: Mapping[str, Any], after: Mapping[str, Any]) -> Counter[str]:

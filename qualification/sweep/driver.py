@@ -136,6 +136,7 @@ def _answer(stage: Stage, record: FaultRecord, **rest: Any) -> dict[str, Any]:
         "detail": record.detail,
         "host": str(os.getpid()),
         "stopped": stage.stopped > 0,
+        "recording": stage.recordings,
         **nothing,
         **rest,
     }
@@ -159,7 +160,7 @@ def _judge(
         return [("clean_runs_wrong", not_lifted)]
     if stage.subject is subject:
         told[:] = told_since(stage.require(), before.events)
-    if not fires and ((error and not scenario.stops) or scenario.tells - set(told)):
+    if not fires and ((error and not scenario.stops) or not scenario.came_about(set(told))):
         return [("clean_runs_wrong", f"undisturbed it tells {told}, expected {sorted(scenario.tells)}: {error}")]
     if problems := stage.look(before, scenario.single):
         return problems

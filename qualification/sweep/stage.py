@@ -124,7 +124,8 @@ class Stage:
         self._factory = load_factory(setting.subject)
         self.backend = backends.create(setting.backend)(setting.device)
         self.backend.limit_memory(setting.device_limit_bytes)
-        self._numbers = 0
+        #: So many recordings were begun.
+        self.recordings = 0
         self.board = Board(Path(setting.folder) / "board")
         self.subject: Subject | None = None
         self._policy: Mapping[str, Any] = {}
@@ -146,8 +147,8 @@ class Stage:
 
     def new_folder(self) -> Path:
         """Name a folder for a recording that begins."""
-        self._numbers += 1
-        return Path(self.setting.folder) / f"{os.getpid()}-{self._numbers}"
+        self.recordings += 1
+        return Path(self.setting.folder) / f"{os.getpid()}-{self.recordings}"
 
     def begin(self, policy: Mapping[str, Any], folder: Path, accepted: int = 0) -> None:
         """Say which subject is made by ``open``, and how much its folder has accepted already."""
@@ -392,7 +393,8 @@ class Stage:
         """Give what each process of the subject holds at rest: heap (bytes), descriptors, threads; and how many run."""
         quiesce(self.require(), DRAIN_S)
         self.control.ask_for_heaps()
-        # A process tells of its heap with its next request for memory.
+        # A process tells of its heap with its next request for memory: here this one's, there those below it.
+        bytearray(4096)
         self.backend.memory()
         self.control.end()
         heaps, held = self.control.heaps_bytes(), dict[str, dict[str, int]]()

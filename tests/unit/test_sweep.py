@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +40,7 @@ from qualification.sweep.points import (
     Sweep,
     parse,
 )
-from qualification.sweep.scenarios import SCENARIOS
+from qualification.sweep.scenarios import SCENARIOS, ReduceBuffer
 from qualification.sweep.stage import MOST_ATTEMPTS, MOST_EVENTS, Board, Setting
 
 pytestmark = pytest.mark.timeout(120)
@@ -296,6 +296,51 @@ class Slow(Small):
     def store(self, samples: Samples) -> None:
         super().store(samples)
         time.sleep(0.05)
+
+
+class Keeps(Small):
+    """Has more with each block, as a recording does, and leaves its device where ``leaves`` says."""
+
+    def __init__(self, context: Any) -> None:
+        super().__init__(context)
+        self.kept: list[bytes] = []
+        self.failed = False
+
+    def feed(self, start: int, block: Samples) -> int:
+        try:
+            accepted = super().feed(start, block)
+        except MemoryError:
+            self.failed = True
+            self.without_memory()
+            raise
+        self.kept.append(bytes(64 << 10))
+        return accepted
+
+    def without_memory(self) -> None: ...
+
+    def leaves(self) -> bool:
+        return False
+
+    def device(self) -> str:
+        return "elsewhere" if self.kept and self.leaves() else super().device()
+
+
+class LeavesUndisturbed(Keeps):
+    def leaves(self) -> bool:
+        return not self.failed
+
+
+class LeavesAndForgets(Keeps):
+    """Without memory it leaves what it took in the process: less than its recording takes."""
+
+    forgotten: ClassVar[list[bytes]] = []
+
+    def leaves(self) -> bool:
+        return self.failed
+
+    def without_memory(self) -> None:
+        with interposer.uncounted():
+            self.forgotten.append(bytes(48 << 10))
 
 
 class CannotBegin(Small):
@@ -798,6 +843,43 @@ def test_a_host_that_hangs_is_ended_at_its_deadline_and_judged(
     outcome = new_campaign("Hangs").try_point(Point(FEED, TRANSIENT, 1))
     assert outcome.problems == (("hangs", "no answer within 6 s"),), f"{outcome}"
     assert outcome.fired == 1 and not outcome.stopped, f"{outcome}"
+
+
+@pytest.mark.parametrize(
+    ("subject", "found"), [("Keeps", []), ("LeavesUndisturbed", []), ("LeavesAndForgets", ["memory_kept"])]
+)
+def test_a_recording_that_goes_on_is_not_compared_with_one_that_begins(
+    new_campaign: NewCampaign, subject: str, found: list[str]
+) -> None:
+    outcome = new_campaign(subject).try_point(Point(FEED, TRANSIENT, 1))
+    assert [kind for kind, _ in outcome.problems] == found, f"{subject}: {outcome}"
+    assert outcome.fired == 1, f"nothing was tried: {outcome}"
+
+
+def test_a_share_of_points_that_are_not_reached_tries_some_that_are(new_campaign: NewCampaign) -> None:
+    # Of so many, counted in a run that made more requests, each share has one in each mode.
+    counted, of = [64, 64], 64
+
+    def least(made: Campaign) -> int:
+        for tally in made.tallies.values():
+            tally.counted = counted
+        return min(point.nth for chunk in made._chunks() for point in chunk)
+
+    number = next(number for number in range(1, of + 1) if least(new_campaign(shard=(number, of))) > 32)
+    made = new_campaign(ledger="share", shard=(number, of))
+    made.ledger.count(f"{FEED.name}/{TRANSIENT}", counted)
+    made.run()
+    fired = {tally.mode: tally.fired for tally in made.tallies.values()}
+    assert not made.unfired() and min(fired.values()) >= 1, f"fired in share {number} of {of}: {fired}"
+
+
+def test_a_scenario_that_needs_more_than_its_rung_did_not_come_about() -> None:
+    reduces = ReduceBuffer.__new__(ReduceBuffer)
+    found = [
+        reduces.came_about({"oom_detected", "cache_clear", *more})
+        for more in ((), ("reduce_buffer",), ("reduce_buffer", "cpu_fallback"))
+    ]
+    assert found == [False, True, False], f"nothing, its rung, and one after it: {found}"
 
 
 def test_a_subject_that_cannot_be_made_is_told_with_its_reason(new_campaign: NewCampaign) -> None:

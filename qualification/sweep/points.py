@@ -89,8 +89,8 @@ class Point:
 _REPEATED_BYTES = 64
 _STARTING_BYTES = 256 << 10
 _FALLING_BACK_BYTES = 2048
-#: Where a batch changes its size, torch makes a kernel for it, in thousands of requests that do not repeat.
-_STEPS_BYTES = 512 << 10
+#: Where a batch changes its size, counts of smaller ones differ by one now and then.
+_STEPS_BYTES = 1024
 _NOT_SIDE = "!plimsoll-side"
 #: In the host: 512 bytes and more are what Python takes from the C library for tables, texts, arrays, and SQLite for a
 #: page; the ladder's own part begins where that of the inference ends, and 4 KiB and more are what it moves. A point
@@ -117,7 +117,7 @@ SWEEPS: tuple[Sweep, ...] = (
     Sweep("cache_clear", RUNTIME, _REPEATED_BYTES, _NOT_SIDE, needs=Capability.CACHE_OOM),
     # Refused everything it is what it is in inference, where each request is a point.
     Sweep("garbage_collect", RUNTIME, _REPEATED_BYTES, _NOT_SIDE, persistent_bytes=_HOST_BYTES),
-    Sweep("reduce_buffer", HOST, 4 * _COSTLY_BYTES),
+    Sweep("reduce_buffer", HOST, _COSTLY_BYTES),
     Sweep("reduce_buffer", RUNTIME, _STEPS_BYTES, _NOT_SIDE),
     Sweep("restart_worker", HOST, 2 * _COSTLY_BYTES),
     Sweep("restart_worker", RUNTIME, _AGAIN_BYTES),

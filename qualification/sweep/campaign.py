@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ _START_S = 90.0
 POINT_DEADLINE_S = 90.0
 #: Beyond the requests that were counted, in case there are more: until one does not fire.
 _MOST_BEYOND = 200
+#: So many handfuls for each who plays are cut into pieces of so many points, at the end.
+_LAST_FOR_EACH, _PIECE_POINTS = 4, 5
 #: What a process may hold more than before, until it is looked at closely.
 _SUSPECT = {"heap_bytes": 1 << 20, "descriptors": 4, "threads": 3, "processes": 3}
 #: SQLite's cache of pages grows to 2 MB in the process that has the spool.
@@ -320,7 +322,8 @@ class Campaign:
         self._lock = threading.Lock()
         self._errors: list[BaseException] = []
         self._stopping = threading.Event()
-        self._tasks: queue.SimpleQueue[Callable[[_Player], None]] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[Callable[[_Player], None] | None] = queue.SimpleQueue()
+        self._done = threading.Semaphore(0)
         self._planned = self._tried = 0
         self.passed_s = 0.0
         self._began_s = time.monotonic()
@@ -331,51 +334,61 @@ class Campaign:
     def run(self) -> None:
         """Try every point. Raises what a process that plays cannot even begin with."""
         began_s = time.monotonic()
-        self._do([self._counting(sweep) for sweep in self.sweeps])
-        self._began_s = time.monotonic()
-        chunks = self._chunks()
-        self._planned = sum(map(len, chunks))
-        self._do([self._trying(chunk) for chunk in chunks])
-        if self.is_whole:
-            self._do([self._beyond(tally) for tally in self.tallies.values() if tally.counted])
+        with self._players():
+            self._do([self._counting(sweep) for sweep in self.sweeps])
+            self._began_s = time.monotonic()
+            chunks = self._chunks()
+            self._planned = sum(map(len, chunks))
+            self._do([self._trying(chunk) for chunk in chunks])
+            if self.is_whole:
+                self._do([self._beyond(tally) for tally in self.tallies.values() if tally.counted])
         self.passed_s = time.monotonic() - began_s
 
     def try_point(self, point: Point) -> Outcome:
         """Try one point, and look whether memory comes back when it is repeated."""
         found: list[Outcome] = []
-        self._do([lambda player: found.append(player.closely(point))])
+        with self._players():
+            self._do([lambda player: found.append(player.closely(point))])
         self._note(point, found[0])
         return found[0]
 
-    def _do(self, tasks: Iterable[Callable[[_Player], None]]) -> None:
-        for task in tasks:
-            self._tasks.put(task)
+    @contextlib.contextmanager
+    def _players(self) -> Iterator[None]:
+        """Have those who play, each in a thread: their processes end with the thread that started them."""
+        self._tasks, self._done = queue.SimpleQueue(), threading.Semaphore(0)
         threads = [threading.Thread(target=self._play, args=(number,), daemon=True) for number in range(self.jobs)]
         for thread in threads:
             thread.start()
         try:
-            for thread in threads:
-                while thread.is_alive():
-                    # With a limit: Ctrl-C is handled between two waits.
-                    thread.join(0.5)
-                    self.say(self._progress())
-        finally:
+            yield
+        except BaseException:
             self._stopping.set()
+            raise
+        finally:
+            for _ in threads:
+                self._tasks.put(None)
             for thread in threads:
                 thread.join()
             self._stopping.clear()
-        if self._errors:
-            raise self._errors[0]
+
+    def _do(self, tasks: Sequence[Callable[[_Player], None]]) -> None:
+        for task in tasks:
+            self._tasks.put(task)
+        for _ in tasks:
+            done = False
+            while not done:
+                # With a limit: Ctrl-C is handled between two waits.
+                done = self._done.acquire(timeout=0.5)
+                self.say(self._progress())
+                if self._errors:
+                    raise self._errors[0]
 
     def _play(self, number: int) -> None:
         player = _Player(self, number)
         try:
-            while not self._stopping.is_set():
-                try:
-                    task = self._tasks.get_nowait()
-                except queue.Empty:
-                    return
+            while (task := self._tasks.get()) is not None and not self._stopping.is_set():
                 task(player)
+                self._done.release()
         except CutShort:
             # The next run tries it again.
             pass
@@ -442,7 +455,10 @@ class Campaign:
             points = [Point(tally.sweep, mode, number) for number in numbers]
             chunks += [points[at : at + RECORDING_POINTS] for at in range(0, len(points), RECORDING_POINTS)]
         random.Random(self.seed).shuffle(chunks)
-        return chunks
+        # The last ones in pieces: no player is left with a handful of slow points when the others are done.
+        last = chunks[-_LAST_FOR_EACH * self.jobs :]
+        pieces = [chunk[at : at + _PIECE_POINTS] for chunk in last for at in range(0, len(chunk), _PIECE_POINTS)]
+        return [*chunks[: -_LAST_FOR_EACH * self.jobs], *pieces]
 
     def _trying(self, points: Sequence[Point]) -> Callable[[_Player], None]:
         def attempt(player: _Player) -> None:

@@ -36,7 +36,7 @@ POINT_DEADLINE_S = 90.0
 #: Beyond the requests that were counted, in case there are more: until one does not fire.
 _MOST_BEYOND = 200
 #: So many handfuls for each who plays are cut into pieces of so many points, at the end.
-_LAST_FOR_EACH, _PIECE_POINTS = 4, 5
+_LAST_FOR_EACH, _PIECE_POINTS = 4, 10
 #: What a process may hold more than before, until it is looked at closely.
 _SUSPECT = {"heap_bytes": 1 << 20, "descriptors": 4, "threads": 3, "processes": 3}
 #: SQLite's cache of pages grows to 2 MB in the process that has the spool.
@@ -325,6 +325,8 @@ class Campaign:
         self._tasks: queue.SimpleQueue[Callable[[_Player], None] | None] = queue.SimpleQueue()
         self._done = threading.Semaphore(0)
         self._planned = self._tried = 0
+        #: Points of this run, tried or being tried.
+        self._taken = set[str]()
         self.passed_s = 0.0
         self._began_s = time.monotonic()
         for sweep in self.sweeps:
@@ -461,18 +463,24 @@ class Campaign:
         return [*chunks[: -_LAST_FOR_EACH * self.jobs], *pieces]
 
     def _trying(self, points: Sequence[Point]) -> Callable[[_Player], None]:
+        # Of a sample each has to fire, of a share one of a handful.
+        groups = [points] if self.sample is None else [[point] for point in points]
+
         def attempt(player: _Player) -> None:
             player.begin_anew()
-            fired = False
-            for point in points:
-                if self._stopping.is_set():
-                    return
-                fired |= bool(self._one(player, point).fired)
-            nth = min(point.nth for point in points)
-            while nth > 1 and not (fired or self.is_whole or self._stopping.is_set()):
-                # There were fewer requests this time: one of the first is there each time.
-                nth //= 2
-                fired = bool(self._one(player, dataclasses.replace(points[0], nth=nth)).fired)
+            for group in groups:
+                enough = self.is_whole
+                for point in group:
+                    if self._stopping.is_set():
+                        return
+                    outcome = self._one(player, point)
+                    enough |= bool(outcome.fired or outcome.problems)
+                nth = min(point.nth for point in group)
+                while nth > 1 and not enough and not self._stopping.is_set():
+                    # There were fewer requests this time: one of the first is there each time.
+                    nth //= 2
+                    outcome = self._one(player, dataclasses.replace(group[0], nth=nth))
+                    enough = bool(outcome.fired or outcome.problems)
 
         return attempt
 
@@ -480,6 +488,7 @@ class Campaign:
         """Go on behind the points that were counted, until one does not fire: then there are no more."""
 
         def go_on(player: _Player) -> None:
+            player.begin_anew()
             first = max(tally.counted) + 1
             for number in range(first, first + _MOST_BEYOND):
                 if self._stopping.is_set():
@@ -492,7 +501,13 @@ class Campaign:
         return go_on
 
     def _one(self, player: _Player, point: Point) -> Outcome:
-        outcome = self.ledger.outcomes.get(point.name)
+        with self._lock:
+            is_new = point.name not in self._taken
+            self._taken.add(point.name)
+            outcome = self.ledger.outcomes.get(point.name)
+        if not is_new:
+            # Of another handful of this run, and counted there.
+            return outcome or Outcome(point.name, 0)
         if outcome is not None:
             self.resumed += 1
         else:
@@ -713,23 +728,18 @@ class _Player:
         Whatever else is wrong then is said too. A host that may end, and ends, holds nothing. None: the fault does not
         fire often enough to say. Raises CutShort.
         """
-        # A recording grows each time. Where one of both goes on with it and the other does not, both begin anew.
-        for anew in (False, True):
-            try:
-                grown = [self._series(point, fires, anew) for fires in (True, False)]
-            except _NotRepeated as error:
-                return error.problems
-            if grown[0][1] == grown[1][1]:
-                break
-        with_fault, without = grown[0][0], grown[1][0]
-        for what in with_fault[0] | without[0]:
-            least = _LEAK[what.split()[-1]]
-            with_it = [step[what] for step in with_fault]
-            more = sum(with_it) - sum(step[what] for step in without)
-            if more >= least * _STEPS and sum(step >= least for step in with_it) >= _STEPS - 1:
-                text = f"{more} more {what} are held after {_STEPS} repetitions than without the fault"
-                return (("memory_kept", text),)
-        return ()
+        try:
+            with_fault, without = [self._series(point, fires, anew=False) for fires in (True, False)]
+            if len(with_fault[1] | without[1]) == 1:
+                return _kept(with_fault[0], without[0])
+            # A recording that goes on grows, and it is the host's. Where some steps went on with theirs and some did
+            # not, the host is compared with a new one at each step; other processes would be new then too.
+            if problems := _kept(with_fault[0], without[0], ("runtime", "of all")):
+                return problems
+            with_fault, without = [self._series(point, fires, anew=True) for fires in (True, False)]
+            return _kept(with_fault[0], without[0], ("host",))
+        except _NotRepeated as error:
+            return error.problems
 
     def _series(self, point: Point, fires: bool, anew: bool) -> tuple[list[Counter[str]], set[bool]]:
         """Repeat a point; give what grows each time, and whether it went on with the same recording then.
@@ -752,6 +762,20 @@ class _Player:
             if len(steps) == _STEPS:
                 return steps, went_on
         raise _NotRepeated(None)
+
+
+def _kept(
+    with_fault: Sequence[Counter[str]], without: Sequence[Counter[str]], whose: tuple[str, ...] = ("",)
+) -> tuple[tuple[str, str], ...]:
+    """Say what grows with the fault alone, step by step, among what belongs to these."""
+    for what in sorted(each for each in set().union(*with_fault) if each.startswith(whose)):
+        least = _LEAK[what.split()[-1]]
+        with_it = [step[what] for step in with_fault]
+        more = sum(with_it) - sum(step[what] for step in without)
+        if more >= least * _STEPS and sum(step >= least for step in with_it) >= _STEPS - 1:
+            text = f"{more} more {what} are held after {_STEPS} repetitions than without the fault"
+            return (("memory_kept", text),)
+    return ()
 
 
 def _growth(before: Mapping[str, Any], after: Mapping[str, Any]) -> Counter[str]:

@@ -160,12 +160,12 @@ def _judge(
         return [("clean_runs_wrong", not_lifted)]
     if stage.subject is subject:
         told[:] = told_since(stage.require(), before.events)
-    if not fires and ((error and not scenario.stops) or not scenario.came_about(set(told))):
+    if not fires and ((error and not scenario.stops) or not scenario.came_about(told)):
         return [("clean_runs_wrong", f"undisturbed it tells {told}, expected {sorted(scenario.tells)}: {error}")]
     if problems := stage.look(before, scenario.single):
         return problems
     in_host = point.sweep.target == HOST
-    patience_s = AT_ONCE_S if point.persistent else SOON_S
+    patience_s = AT_ONCE_S if fires and point.persistent else SOON_S
     if problems := scenario.after(patience_s) or stage.clean_run():
         return problems
     return scenario.check() if fires and in_host else []

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import abc
 import shutil
-from collections.abc import Callable, Mapping
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -91,11 +90,15 @@ class Scenario(abc.ABC):
         """Bring the subject back to where the next point begins, once everything was answered; say what keeps it."""
         return []
 
-    def came_about(self, told: AbstractSet[str]) -> bool:
-        """Whether what was told, when nothing failed besides, is this scenario: where it is a rung, none after it."""
+    def came_about(self, told: Sequence[str]) -> bool:
+        """Whether what was told, when nothing failed besides, is this scenario: its rung is reached, and helps."""
         rungs = [rung for rung in STRATEGIES if rung in self.tells]
         beyond = STRATEGIES[STRATEGIES.index(rungs[-1]) + 1 :] if rungs else ()
-        return self.tells <= told and not told & set(beyond)
+        # The same acts prevent, when memory runs short before there is an error.
+        climbed = told[told.index("oom_detected") :] if "oom_detected" in told else ()
+        if "recovered" in climbed:
+            climbed = climbed[: climbed.index("recovered")]
+        return self.tells <= set(told) and not set(climbed) & set(beyond)
 
     def check(self) -> list[Problem]:
         """Look for what only this policy can show: whether memory is still watched, where it is watched closely."""
@@ -165,9 +168,8 @@ class ReduceBuffer(Inference):
 
     def arm(self) -> None:
         """Bring about the device's own fault."""
-        # Halfway between a run of one window and a run of two: what an allocator adds to either is not in the figure.
-        free_bytes = self.stage.run_bytes * 3 // 2
-        self._fault = self.stage.backend.arm(FaultPlan(Site.DEVICE_MEMORY, times=None, min_bytes=free_bytes))
+        plan = FaultPlan(Site.DEVICE_MEMORY, times=None, min_bytes=self.stage.small_batch_bytes)
+        self._fault = self.stage.backend.arm(plan)
 
 
 class RestartWorker(Inference):

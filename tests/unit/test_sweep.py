@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,7 @@ from qualification.sweep.points import (
     Sweep,
     parse,
 )
-from qualification.sweep.scenarios import SCENARIOS, ReduceBuffer
+from qualification.sweep.scenarios import SCENARIOS
 from qualification.sweep.stage import MOST_ATTEMPTS, MOST_EVENTS, Board, Setting
 
 pytestmark = pytest.mark.timeout(120)
@@ -341,6 +342,21 @@ class LeavesAndForgets(Keeps):
     def without_memory(self) -> None:
         with interposer.uncounted():
             self.forgotten.append(bytes(48 << 10))
+
+
+class Reduces(Small):
+    """Recovers by its third rung, and goes to the processor before it comes to an error."""
+
+    kinds: tuple[str, ...] = ("oom_detected", "cache_clear", "reduce_buffer", "recovered", "cpu_fallback")
+
+    def feed(self, start: int, block: Samples) -> int:
+        accepted = super().feed(start, block)
+        self.told += [Told(kind) for kind in self.kinds]
+        return accepted
+
+
+class ReducesAndFallsBack(Reduces):
+    kinds = ("oom_detected", "cache_clear", "reduce_buffer", "cpu_fallback", "recovered")
 
 
 class CannotBegin(Small):
@@ -869,17 +885,29 @@ def test_a_share_of_points_that_are_not_reached_tries_some_that_are(new_campaign
     made = new_campaign(ledger="share", shard=(number, of))
     made.ledger.count(f"{FEED.name}/{TRANSIENT}", counted)
     made.run()
+    late = [each for name, each in made.ledger.outcomes.items() if int(name.rpartition("/")[2]) > 32]
+    assert len(late) == 2 and not any(each.fired for each in late), f"its own were reached: {late}"
     fired = {tally.mode: tally.fired for tally in made.tallies.values()}
     assert not made.unfired() and min(fired.values()) >= 1, f"fired in share {number} of {of}: {fired}"
 
 
-def test_a_scenario_that_needs_more_than_its_rung_did_not_come_about() -> None:
-    reduces = ReduceBuffer.__new__(ReduceBuffer)
-    found = [
-        reduces.came_about({"oom_detected", "cache_clear", *more})
-        for more in ((), ("reduce_buffer",), ("reduce_buffer", "cpu_fallback"))
-    ]
-    assert found == [False, True, False], f"nothing, its rung, and one after it: {found}"
+@pytest.mark.parametrize(("subject", "failed"), [("Reduces", 0), ("ReducesAndFallsBack", 1)])
+def test_a_scenario_that_needs_more_than_its_rung_did_not_come_about(
+    new_campaign: NewCampaign, subject: str, failed: int
+) -> None:
+    made = new_campaign(subject, sweeps=(parse("reduce_buffer/host/transient/1").sweep,), sample=1)
+    made.run()
+    found = (made.count("clean_runs_wrong"), len(made.failures))
+    assert found == (failed, failed), f"{subject}: {made.failures}"
+
+
+def test_what_grows_with_the_fault_alone_is_a_leak() -> None:
+    heap, few = "runtime heap_bytes", 30 << 10
+    grows = [Counter({heap: each}) for each in (-4096, 2 * few, 2 * few, 2 * few)]
+    rests, once = [Counter({heap: 0})] * 4, [Counter({heap: each}) for each in (4 * few, 0, 0, 0)]
+    found = [bool(campaigns._kept(*each)) for each in ((grows, rests), (grows, grows), (once, rests), (rests, rests))]
+    assert found == [True, False, False, False], f"with it alone, with and without, once, never: {found}"
+    assert not campaigns._kept(grows, rests, ("host",)), "what a worker keeps is said to be the host's"
 
 
 def test_a_subject_that_cannot_be_made_is_told_with_its_reason(new_campaign: NewCampaign) -> None:

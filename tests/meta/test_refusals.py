@@ -150,6 +150,8 @@ def test_listing_tests_takes_no_lock_and_writes_nothing(tmp_path: Path) -> None:
 def test_ctrl_c_ends_in_order_and_the_records_are_whole(tmp_path: Path) -> None:
     results = tmp_path / "results"
     test = f"{PROTECTION}::TestMemoryStress::test_sustained_high_memory_usage"
+    # Begun in the background of a script SIGINT is ignored, and by every child too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [*PYTEST, test, "--results", str(results), "--lock-wait", "600"],
         cwd=ROOT,
@@ -157,6 +159,7 @@ def test_ctrl_c_ends_in_order_and_the_records_are_whole(tmp_path: Path) -> None:
         text=True,
         start_new_session=True,
     )
+    signal.signal(signal.SIGINT, before)
     assert process.stdout is not None
     # Live progress says that the test runs.
     for line in process.stdout:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +19,16 @@ from backends.cpu import Cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_BYTES = 96 << 20
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _is_interruptible() -> Iterator[None]:
+    """Have SIGINT end children: begun in the background of a script it is ignored, by whatever is started from here."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -24,6 +24,13 @@ def told_since(subject: Subject, before: int) -> list[str]:
     return [event.kind for event in subject.events()[before:]]
 
 
+def first_recovery(kinds: Sequence[str]) -> slice:
+    """Say which events, by their kinds in order, are the first OOM up to and including the end of its recovery."""
+    begin = kinds.index("oom_detected") if "oom_detected" in kinds else len(kinds)
+    end = kinds.index("recovered", begin) + 1 if "recovered" in kinds[begin:] else len(kinds)
+    return slice(begin, end)
+
+
 def strategies(events: Sequence[Event]) -> list[str]:
     """Give the recovery strategies among events, in order, each run of the same one once."""
     order: list[str] = []

@@ -29,7 +29,7 @@ from backends.faults.cgroup import CgroupUnavailable, MemoryCgroup
 from backends.host import spendable_bytes
 from qualification.host import MB, Hosted
 from qualification.judge import Judge
-from qualification.observe import counts, recovered, same_output, strategies, wait_for_event, wait_until
+from qualification.observe import counts, first_recovery, recovered, same_output, strategies, wait_for_event, wait_until
 from qualification.progress import Progress
 from qualification.storage import (
     Disk,
@@ -186,7 +186,7 @@ class TestGracefulDegradation:
                 stream.feed(subject, step * i, step * (i + 1))
                 subject.drain(60)
                 records.append(fault.record())
-            episode = first_recovery(subject.events()[seen:])
+            episode = of_first_recovery(subject.events()[seen:])
             tried.append(strategies(episode))
             unrecovered += not episode or episode[-1].kind != "recovered"
             wait_until(lambda: subject.device() == device, 5)
@@ -301,12 +301,9 @@ def in_order(needed: str) -> list[list[str]]:
     return [whole, [each for each in whole if each != "restart_worker"]]
 
 
-def first_recovery(events: Sequence[Event]) -> list[Event]:
+def of_first_recovery(events: Sequence[Event]) -> list[Event]:
     """Give the events from the first OOM up to and including the end of its recovery."""
-    kinds = [str(event.kind) for event in events]
-    begin = kinds.index("oom_detected") if "oom_detected" in kinds else len(kinds)
-    end = kinds.index("recovered", begin) + 1 if "recovered" in kinds[begin:] else len(kinds)
-    return list(events[begin:end])
+    return list(events[first_recovery([event.kind for event in events])])
 
 
 @pytest.mark.oom
@@ -839,7 +836,7 @@ def recoveries(events: Sequence[Event]) -> list[tuple[int, float]]:
     marks = [i for i, event in enumerate(events) if event.kind == "oom_detected"]
     found = []
     for begin, end in pairwise([*marks, len(events)]):
-        episode = first_recovery(events[begin:end])
+        episode = of_first_recovery(events[begin:end])
         tried = sum(event.kind in STRATEGIES for event in episode)
         found.append((tried, episode[-1].time_s - episode[0].time_s))
     return found

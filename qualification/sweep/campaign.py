@@ -357,7 +357,6 @@ class Campaign:
     @contextlib.contextmanager
     def _players(self) -> Iterator[None]:
         """Have those who play, each in a thread: their processes end with the thread that started them."""
-        self._tasks, self._done = queue.SimpleQueue(), threading.Semaphore(0)
         threads = [threading.Thread(target=self._play, args=(number,), daemon=True) for number in range(self.jobs)]
         for thread in threads:
             thread.start()

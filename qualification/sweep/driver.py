@@ -165,7 +165,7 @@ def _judge(
     if problems := stage.look(before, scenario.single):
         return problems
     in_host = point.sweep.target == HOST
-    patience_s = AT_ONCE_S if fires and point.persistent else SOON_S
+    patience_s = AT_ONCE_S if stage.persistent else SOON_S
     if problems := scenario.after(patience_s) or stage.clean_run():
         return problems
     return scenario.check() if fires and in_host else []

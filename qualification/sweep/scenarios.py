@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from backends.contract import Allocation, ArmedFault, FaultPlan, Site
 from backends.errors import RuntimeFailure
-from qualification.observe import told_since, wait_until
+from qualification.observe import first_recovery, told_since, wait_until
 from qualification.subject import STRATEGIES
 from qualification.sweep.stage import Problem, Stage
 
@@ -95,9 +95,7 @@ class Scenario(abc.ABC):
         rungs = [rung for rung in STRATEGIES if rung in self.tells]
         beyond = STRATEGIES[STRATEGIES.index(rungs[-1]) + 1 :] if rungs else ()
         # The same acts prevent, when memory runs short before there is an error.
-        climbed = told[told.index("oom_detected") :] if "oom_detected" in told else ()
-        if "recovered" in climbed:
-            climbed = climbed[: climbed.index("recovered")]
+        climbed = told[first_recovery(told)]
         return self.tells <= set(told) and not set(climbed) & set(beyond)
 
     def check(self) -> list[Problem]:

@@ -182,7 +182,9 @@ class CutsElsewhere(Small):
         return [each for a, b, output in halves for each in (Answer(a, b, output), Answer(b, b + half, output))]
 
 
-class FallsBack(Small):
+class Tells(Small):
+    """Tells of the same each time that it is fed."""
+
     kinds: tuple[str, ...] = ()
 
     def feed(self, start: int, block: Samples) -> int:
@@ -190,6 +192,8 @@ class FallsBack(Small):
         self.told += [Told(kind) for kind in self.kinds]
         return accepted
 
+
+class FallsBack(Tells):
     def results(self) -> list[Answer]:
         return [dataclasses.replace(each, device="elsewhere", degraded=True) for each in self.answers]
 
@@ -344,15 +348,10 @@ class LeavesAndForgets(Keeps):
             self.forgotten.append(bytes(48 << 10))
 
 
-class Reduces(Small):
+class Reduces(Tells):
     """Recovers by its third rung, and goes to the processor before it comes to an error."""
 
     kinds: tuple[str, ...] = ("oom_detected", "cache_clear", "reduce_buffer", "recovered", "cpu_fallback")
-
-    def feed(self, start: int, block: Samples) -> int:
-        accepted = super().feed(start, block)
-        self.told += [Told(kind) for kind in self.kinds]
-        return accepted
 
 
 class ReducesAndFallsBack(Reduces):

@@ -485,8 +485,6 @@ def test_whoever_waits_can_be_told_to_stop_from_another_thread(start: Start, bou
 
 def test_an_interrupt_of_the_wait_does_not_spoil_the_next_answer(start: Start, bounded: Cpu) -> None:
     engine = start(infer_s=100.0)
-    # It is ignored where the tests run in the background.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with bounded.arm(FaultPlan(Site.RUNTIME_HANG)) as fault:
 
         def interrupt() -> None:
@@ -498,7 +496,6 @@ def test_an_interrupt_of_the_wait_does_not_spoil_the_next_answer(start: Start, b
         with pytest.raises(KeyboardInterrupt):
             engine.infer(_features())
         other.join()
-    signal.signal(signal.SIGINT, before)
     assert _is_right(engine), "the next scores differ"
 
 

@@ -283,7 +283,6 @@ class PcmInput:
         """Begin with what comes. Raises AudioError where nothing can come."""
         self.problem: str | None = None
         self.left: str | None = None
-        self._block_samples = block_samples
         if sys.stdin is None:
             raise AudioError("standard input is closed: expected raw PCM, signed 16-bit little-endian mono 16 kHz")
         self._fd = sys.stdin.fileno()
@@ -295,12 +294,12 @@ class PcmInput:
         # Elsewhere than in a pipe there is no such size.
         with contextlib.suppress(OSError):
             fcntl.fcntl(self._fd, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+        # The only one, made before anything is taken: what is read has its place already, however short memory is.
+        self._buffer = memoryview(bytearray(block_samples * _SAMPLE_BYTES))
 
     def blocks(self, accepted: int, stop: Stop) -> Iterator[tuple[int, Pcm]]:
         """Give what comes as it comes, in blocks that may be short. A block is valid until the next."""
-        # The only one: what is read has its place already, however short memory is.
-        buffer = memoryview(bytearray(self._block_samples * _SAMPLE_BYTES))
-        position, odd = accepted, 0
+        buffer, position, odd = self._buffer, accepted, 0
         #: How much is still taken, once the end was asked for.
         left_bytes: int | None = None
         while True:

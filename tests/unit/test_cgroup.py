@@ -71,7 +71,7 @@ def test_beyond_its_limit_the_oom_killer_kills_and_counts(own: MemoryCgroup, hol
     own.add(holder.pid)
     own.limit(32 * MIB)
     before, said = own.oom_kills(), _go(holder)
-    status = holder.wait(10)
+    status = holder.wait(60)
     assert (said, status) == ("", -9), f"it said {said!r} and ended with {status}"
     assert own.oom_kills() == before + 1, f"{own.oom_kills() - before} kills were counted, and one was made"
 

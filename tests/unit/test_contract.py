@@ -378,7 +378,7 @@ def _prove_runtime_crash(device: Backend, in_child: InChild) -> None:
             while not fault.record().faults_fired and child.poll() is None and time.monotonic() < deadline_s:
                 time.sleep(0.02)
             try:
-                ended = child.wait(1.5)
+                ended = child.wait(1.5 if status is None else 60.0)
             except subprocess.TimeoutExpired:
                 ended = None
                 child.kill()

@@ -206,7 +206,7 @@ def test_device_faults_are_refused_while_a_process_of_mps_runs(guarded: Path, na
     with subprocess.Popen([program, "30"]) as process:
         try:
             # Its name is set a moment after its program has taken over.
-            deadline_s = time.monotonic() + 10.0
+            deadline_s = time.monotonic() + 60.0
             while Path(f"/proc/{process.pid}/comm").read_text().strip() != name[:15]:
                 assert time.monotonic() < deadline_s, "it has another name"
             with pytest.raises(BackendError, match=f"process {process.pid} is its daemon or server"):
@@ -247,7 +247,7 @@ def test_ballast_whose_parent_ended_before_it_began_ends_at_once() -> None:
     parent = subprocess.Popen(["true"])
     parent.wait()
     command = [sys.executable, "-m", "backends.faults.cuda_ballast", "0", "0", "30", str(parent.pid)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stdout) == (0, ""), f"it said {done.stdout!r} and ended with {done.returncode}"
 
 

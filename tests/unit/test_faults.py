@@ -24,6 +24,7 @@ from backends.faults import ballast, limits
 from backends.faults.ballast import HostBallast
 from backends.faults.plan import Board, CountingFault
 from backends.model import DEFAULT_MODEL
+from tests.unit.waiting import until
 
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,13 +37,6 @@ def _counting(**plan: Any) -> tuple[CountingFault, threading.Event]:
 
 def _features(batch: int = 16) -> Any:
     return np.random.RandomState(3).standard_normal((batch, 150, 80)).astype(np.float32)
-
-
-def _until(condition: Callable[[], bool], what: str, within_s: float = 10.0) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"not within {within_s} s: {what}"
-        time.sleep(0.01)
 
 
 # The board.
@@ -130,7 +124,7 @@ def test_a_plan_disarms_itself_at_its_deadline() -> None:
     began_s = time.monotonic()
     fault, lifted = _counting(times=None, disarm_after_s=0.1)
     assert fault.strike(), "it did not strike before its deadline"
-    assert lifted.wait(5.0), "it was not lifted within 5 s of a deadline of 0.1 s"
+    assert lifted.wait(60.0), "it was not lifted within 60 s of a deadline of 0.1 s"
     waited_s = time.monotonic() - began_s
     assert waited_s >= 0.1, f"it was lifted after {waited_s:.3f} s, before its deadline of 0.1 s"
     assert not fault.strike(), "it struck after its deadline"
@@ -174,7 +168,7 @@ def test_the_deadline_gives_the_device_back_by_itself(bounded: Cpu) -> None:
     bounded.arm(FaultPlan(Site.DEVICE_MEMORY, times=None, disarm_after_s=0.5))
     with pytest.raises(Exception, match="Available memory of"):
         model.run(_features())
-    _until(lambda: bounded.memory().used_bytes < 48 * MIB, "the ballast is given back")
+    until(lambda: bounded.memory().used_bytes < 48 * MIB, "the ballast is given back")
     bounded.release_cached()
     model.run(_features())
 
@@ -233,7 +227,7 @@ def test_host_ballast_is_real_and_volunteers_to_the_oom_killer() -> None:
 def test_host_ballast_ends_at_its_time_limit() -> None:
     held = HostBallast(MIB, 0.3)
     process = psutil.Process(held.process_id)
-    _until(lambda: process.status() == psutil.STATUS_ZOMBIE, "the neighbour ended by itself")
+    until(lambda: process.status() == psutil.STATUS_ZOMBIE, "the neighbour ended by itself")
     held.close()
     held.close()
 
@@ -259,7 +253,7 @@ def test_host_ballast_dies_with_a_parent_that_is_killed() -> None:
     os.kill(parent.pid, signal.SIGKILL)
     parent.communicate()
     # A killed orphan may stay as a zombie where nobody reaps it: its memory is gone.
-    _until(
+    until(
         lambda: not neighbour.is_running() or neighbour.status() == psutil.STATUS_ZOMBIE,
         "the neighbour ended with its parent",
     )

@@ -254,7 +254,7 @@ class Running:
 
     def rest(self, ends_with: int = 0) -> list[str]:
         """Let it end; give what it did."""
-        said, complaint = self._of.communicate(timeout=30)
+        said, complaint = self._of.communicate(timeout=100)
         assert (self._of.returncode, complaint) == (ends_with, ""), said
         return said.split("\n")[:-1]
 

@@ -6,8 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from backends.cpu import Cpu
 from backends.errors import ErrorKind, RuntimeFailure, Shortage
 from backends.faults import ballast
 from backends.model import DEFAULT_MODEL
+from tests.unit.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1 << 20
@@ -47,13 +47,6 @@ def keeper(handle: Cpu) -> Iterator[Keeper]:
 
 def _features(batch: int) -> Any:
     return np.random.RandomState(3).standard_normal((batch, 150, 80)).astype(np.float32)
-
-
-def _until(condition: Callable[[], bool], what: str, within_s: float = 15.0) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"not within {within_s} s: {what}"
-        time.sleep(0.01)
 
 
 def _descriptors() -> list[str]:
@@ -190,7 +183,7 @@ input()
     assert child.memory_info().rss >= 32 * MIB, f"the child holds {child.memory_info().rss} bytes"
     os.kill(parent.pid, signal.SIGKILL)
     parent.communicate()
-    _until(lambda: _gone(child), "the child ended with its parent")
+    until(lambda: _gone(child), "the child ended with its parent")
 
 
 # What does not answer.

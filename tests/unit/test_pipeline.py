@@ -31,6 +31,7 @@ from protection.pressure import Level
 from protection.spool import AudioError, Result, Spool, SpoolBusy, SpoolFull
 from protection.worker_engine import WorkerEngine
 from qualification.subject import EVENT_KINDS, STRATEGIES
+from tests.unit.waiting import until
 
 MIB = 1 << 20
 SECOND = 16_000
@@ -54,13 +55,6 @@ def start(tmp_path: Path, bounded: Cpu) -> Iterator[Open]:
             return opened.enter_context(DictationPipeline(tmp_path / folder, engine, Policy(**policy)))
 
         yield make
-
-
-def _until(condition: Callable[[], bool], what: str, within_s: float = 15.0) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"not within {within_s} s: {what}"
-        time.sleep(0.005)
 
 
 def _kinds(pipeline: DictationPipeline) -> list[str]:
@@ -163,7 +157,7 @@ def test_two_pipelines_on_one_folder_are_refused_and_the_first_goes_on(start: Op
     with pytest.raises(SpoolBusy, match="another pipeline"):
         start()
     _feed(first, audio(1.0))
-    first.drain(10.0)
+    first.drain(60.0)
     _tile(first.results(), SECOND)
 
 
@@ -177,7 +171,7 @@ def test_a_stopped_recording_takes_nothing_and_answers_what_it_has(start: Open, 
     assert not pipeline.toggle(), "toggling did not stop the recording"
     with pytest.raises(NotRecording, match="call toggle"):
         pipeline.feed(len(samples), samples)
-    _until(lambda: bool(pipeline.results()) and pipeline.results()[-1].stop == len(samples), "everything is answered")
+    until(lambda: bool(pipeline.results()) and pipeline.results()[-1].stop == len(samples), "everything is answered")
     assert pipeline.toggle(), "toggling did not start the recording"
     assert pipeline.feed(len(samples), samples[:160]) == len(samples) + 160, "the recording does not go on"
 
@@ -196,7 +190,7 @@ def test_results_tile_what_was_accepted_and_a_short_chunk_is_answered_short(star
     pipeline = start()
     samples = audio(3.27)
     _feed(pipeline, samples, block=777)
-    pipeline.drain(10.0)
+    pipeline.drain(60.0)
     results = pipeline.results()
     _tile(results, len(samples))
     rows = [0 if r.output is None else len(r.output) for r in results]
@@ -209,7 +203,7 @@ def test_an_idle_pipeline_is_quiet(start: Open, audio: Audio) -> None:
     pipeline = start(pressure_interval_s=0.01)
     pipeline.drain(1.0)
     _feed(pipeline, audio(1.0))
-    pipeline.drain(10.0)
+    pipeline.drain(60.0)
     pipeline.drain(1.0)
     # Some twenty rounds of both threads, in which nothing may be said.
     threading.Event().wait(0.2)
@@ -223,7 +217,7 @@ def test_blocks_of_any_size_give_the_same_answers(start: Open, audio: Audio) -> 
     for name, block in (("one", 64_000), ("some", 5000), ("many", 320)):
         with start(name) as pipeline:
             _feed(pipeline, samples, block=block)
-            pipeline.drain(20.0)
+            pipeline.drain(60.0)
             answers.append(pipeline.results())
     _same(answers[0], answers[1])
     _same(answers[0], answers[2])
@@ -233,10 +227,10 @@ def test_feeding_again_changes_nothing(start: Open, audio: Audio) -> None:
     pipeline = start()
     samples = audio(2.0)
     _feed(pipeline, samples)
-    pipeline.drain(10.0)
+    pipeline.drain(60.0)
     before = pipeline.results()
     assert _feed(pipeline, samples) == len(samples), "feeding again changed what is accepted"
-    pipeline.drain(10.0)
+    pipeline.drain(60.0)
     _same(before, pipeline.results())
 
 
@@ -250,7 +244,7 @@ def test_the_left_context_is_fixed_and_used(start: Open, audio: Audio) -> None:
     for name, stream in (("plain", samples), ("before", before), ("within", within)):
         with start(name, max_batch=1) as pipeline:
             _feed(pipeline, stream, block=SECOND)
-            pipeline.drain(10.0)
+            pipeline.drain(60.0)
             answers.append(pipeline.results())
     plain, changed_before, changed_within = answers
     _same(plain[1:], changed_before[1:])
@@ -273,7 +267,7 @@ def test_what_was_unanswered_at_closing_is_answered_by_the_next(start: Open, aud
     samples = audio(5.5)
     with start("whole") as pipeline:
         _feed(pipeline, samples)
-        pipeline.drain(20.0)
+        pipeline.drain(60.0)
         expected = pipeline.results()
     with start("parts") as pipeline:
         _feed(pipeline, samples[: 3 * SECOND + 4000])
@@ -282,7 +276,7 @@ def test_what_was_unanswered_at_closing_is_answered_by_the_next(start: Open, aud
             accepted = pipeline.feed(3 * SECOND, samples[3 * SECOND : upto])
             assert accepted == upto, f"{accepted} samples are accepted after resuming, fed up to {upto}"
     with start("parts") as pipeline:
-        pipeline.drain(20.0)
+        pipeline.drain(60.0)
         _tile(pipeline.results(), len(samples))
         _same(pipeline.results(), expected)
 
@@ -293,7 +287,7 @@ def test_a_replay_is_bit_for_bit_the_same(start: Open, audio: Audio) -> None:
     for name in ("first", "second"):
         with start(name) as pipeline:
             _feed(pipeline, samples, block=len(samples))
-            pipeline.drain(20.0)
+            pipeline.drain(60.0)
             answers.append(pipeline.results())
     _same(*answers)
 
@@ -313,12 +307,12 @@ def test_out_of_memory_is_recovered_from_and_told(start: Open, bounded: Cpu, aud
     samples = audio(16.0)
     with start("plain") as pipeline:
         _feed(pipeline, samples, block=len(samples))
-        pipeline.drain(20.0)
+        pipeline.drain(60.0)
         expected = pipeline.results()
     pipeline = start("hit")
     with bounded.arm(FaultPlan(Site.DEVICE_CACHE)) as fault:
         _feed(pipeline, samples, block=len(samples))
-        pipeline.drain(20.0)
+        pipeline.drain(60.0)
         record = fault.record()
     assert record.faults_fired == 1, f"the fault did not fire: {record}"
     assert _kinds(pipeline) == ["oom_detected", "cache_clear", "recovered"], f"told: {_kinds(pipeline)}"
@@ -332,7 +326,7 @@ def test_each_further_rung_is_reached_when_it_is_needed(start: Open, bounded: Cp
     pipeline = start(pressure_interval_s=60.0)
     with bounded.arm(FaultPlan(Site.DEVICE_MEMORY, times=None)) as fault:
         _feed(pipeline, samples, block=len(samples))
-        pipeline.drain(20.0)
+        pipeline.drain(60.0)
         record = fault.record()
     kinds = _kinds(pipeline)
     rungs = [kind for kind in kinds if kind in RUNGS]
@@ -349,7 +343,7 @@ def test_a_batch_that_fits_is_kept_and_grows_again(start: Open, bounded: Cpu, au
     fits = bounded.load(DEFAULT_MODEL).working_set_bytes(4) * 5 // 4
     with bounded.arm(FaultPlan(Site.DEVICE_MEMORY, times=None, min_bytes=fits)):
         _feed(pipeline, samples, block=len(samples))
-        pipeline.drain(20.0)
+        pipeline.drain(60.0)
     rungs = [kind for kind in _kinds(pipeline) if kind in RUNGS]
     assert rungs.count("reduce_buffer") == 2 and "cpu_fallback" not in rungs, f"from 16 to 4 chunks: {rungs}"
     assert not any(r.degraded for r in pipeline.results()), "results are degraded"
@@ -357,7 +351,7 @@ def test_a_batch_that_fits_is_kept_and_grows_again(start: Open, bounded: Cpu, au
     more = audio(24.0)
     for at in range(len(samples), len(more), SECOND):
         pipeline.feed(at, more[at : at + SECOND])
-        pipeline.drain(20.0)
+        pipeline.drain(60.0)
     assert reduced == 4 and pipeline._batch == 16, f"the batch was {reduced} and is {pipeline._batch} after 8 good ones"
 
 
@@ -368,7 +362,7 @@ def test_garbage_is_collected_before_anything_is_reduced(start: Open, bounded: C
     try:
         with bounded.arm(FaultPlan(Site.DEVICE_GARBAGE)):
             _feed(pipeline, samples, block=len(samples))
-            pipeline.drain(20.0)
+            pipeline.drain(60.0)
     finally:
         gc.enable()
     expected = ["oom_detected", "cache_clear", "garbage_collect", "recovered"]
@@ -382,17 +376,17 @@ def test_pressure_is_told_and_acted_on_level_by_level_and_over_it_returns(
     held = []
     for fraction, kind in ((0.82, "pressure_warning"), (0.92, "pressure_critical"), (0.96, "pressure_emergency")):
         held.append(_hold(bounded, fraction))
-        _until(_told(pipeline, kind), f"{kind} at {fraction:.0%}")
-    _until(lambda: pipeline.device() == "cpu", "it left the device")
+        until(_told(pipeline, kind), f"{kind} at {fraction:.0%}")
+    until(lambda: pipeline.device() == "cpu", "it left the device")
     _feed(pipeline, audio(2.0))
-    pipeline.drain(10.0)
+    pipeline.drain(60.0)
     held.append(_hold(bounded, 0.995))
-    _until(lambda: pipeline._device_pressure.fraction > 0.98, "98 % are seen")
+    until(lambda: pipeline._device_pressure.fraction > 0.98, "98 % are seen")
     ballast.free(held)
-    _until(lambda: pipeline.device() == "cpu:arena", "it returned to the device")
-    _until(lambda: "pressure_normal" in _kinds(pipeline), "the end of the pressure is told")
+    until(lambda: pipeline.device() == "cpu:arena", "it returned to the device")
+    until(lambda: "pressure_normal" in _kinds(pipeline), "the end of the pressure is told")
     pipeline.feed(2 * SECOND, audio(3.0)[2 * SECOND :])
-    pipeline.drain(10.0)
+    pipeline.drain(60.0)
     kinds = [k for k in _kinds(pipeline) if k != "pressure_normal"]
     assert kinds == [
         "pressure_warning",
@@ -411,13 +405,13 @@ def test_pressure_on_a_device_that_was_left_already_is_not_acted_on(start: Open,
     pipeline = start(pressure_interval_s=0.02, return_after_s=60.0)
     with bounded.arm(FaultPlan(Site.DEVICE_MEMORY, times=None)):
         pipeline.feed(0, audio(1.0))
-        pipeline.drain(10.0)
-    _until(lambda: pipeline._relieved["device"] is Level.NORMAL, "the pressure of the fault is over")
+        pipeline.drain(60.0)
+    until(lambda: pipeline._relieved["device"] is Level.NORMAL, "the pressure of the fault is over")
     before = _kinds(pipeline)
     held = _hold(bounded, 0.995)
-    _until(lambda: pipeline._relieved["device"] is Level.SHUTDOWN, "99.5 % are seen")
+    until(lambda: pipeline._relieved["device"] is Level.SHUTDOWN, "99.5 % are seen")
     pipeline.feed(SECOND, audio(2.0)[SECOND:])
-    pipeline.drain(10.0)
+    pipeline.drain(60.0)
     held.free()
     told = [kind for kind in _kinds(pipeline)[len(before) :] if kind != "pressure_normal"]
     assert before.count("cpu_fallback") == 1, f"told before: {before}"
@@ -427,14 +421,14 @@ def test_pressure_on_a_device_that_was_left_already_is_not_acted_on(start: Open,
 def test_it_stays_on_the_fallback_while_the_device_is_more_than_60_percent_full(start: Open, bounded: Cpu) -> None:
     pipeline = start(pressure_interval_s=0.01, return_after_s=0.05)
     held = [_hold(bounded, 0.65), _hold(bounded, 0.96)]
-    _until(lambda: pipeline.device() == "cpu", "it left the device")
+    until(lambda: pipeline.device() == "cpu", "it left the device")
     held.pop().free()
-    _until(lambda: 0.6 < pipeline._device_pressure.fraction < 0.7, "65 % are seen")
+    until(lambda: 0.6 < pipeline._device_pressure.fraction < 0.7, "65 % are seen")
     # Time for many readings: it has to stay where it is.
     threading.Event().wait(0.3)
     stayed = pipeline.device()
     ballast.free(held)
-    _until(lambda: pipeline.device() == "cpu:arena", "it returned below 60 %")
+    until(lambda: pipeline.device() == "cpu:arena", "it returned below 60 %")
     assert stayed == "cpu", f"at 65 % it is on {stayed}"
 
 
@@ -446,7 +440,7 @@ def test_above_98_percent_without_a_fallback_it_ends_in_order_and_keeps_the_audi
     pipeline = start(pressure_interval_s=0.02, rungs=tuple(r for r in RUNGS if r != "cpu_fallback"))
     _feed(pipeline, samples)
     held = _hold(bounded, 0.99)
-    _until(lambda: "emergency_shutdown" in _kinds(pipeline), "the emergency shutdown")
+    until(lambda: "emergency_shutdown" in _kinds(pipeline), "the emergency shutdown")
     with pytest.raises(PipelineClosed, match=r"emergency shutdown: .*of the device's memory is in use"):
         pipeline.feed(len(samples), samples)
     kept = pipeline.recovered()
@@ -455,7 +449,7 @@ def test_above_98_percent_without_a_fallback_it_ends_in_order_and_keeps_the_audi
     assert np.array_equal(kept, samples), f"{len(kept)} samples were kept, {len(samples)} accepted"
     assert "cpu_fallback" not in _kinds(pipeline), f"told: {_kinds(pipeline)}"
     with start() as after:
-        after.drain(10.0)
+        after.drain(60.0)
         _tile(after.results(), len(samples))
 
 
@@ -465,7 +459,7 @@ def test_a_policy_without_the_fallback_ends_when_no_rung_helps(start: Open, boun
     pipeline = start(pressure_interval_s=60.0, rungs=rungs)
     with bounded.arm(FaultPlan(Site.DEVICE_MEMORY, times=None)) as fault:
         pipeline.feed(0, samples)
-        _until(lambda: "emergency_shutdown" in _kinds(pipeline), "the emergency shutdown")
+        until(lambda: "emergency_shutdown" in _kinds(pipeline), "the emergency shutdown")
         record = fault.record()
     with pytest.raises(PipelineClosed, match="no rung of the ladder helped"):
         pipeline.drain(1.0)
@@ -475,7 +469,7 @@ def test_a_policy_without_the_fallback_ends_when_no_rung_helps(start: Open, boun
     assert np.array_equal(pipeline.recovered(), samples), "accepted audio is missing"
     pipeline.close()
     with start() as after:
-        after.drain(10.0)
+        after.drain(60.0)
         _tile(after.results(), len(samples))
 
 
@@ -484,10 +478,10 @@ def test_a_policy_without_the_emergency_shutdown_waits_for_memory(start: Open, b
     pipeline = start(pressure_interval_s=60.0, rungs=("cache_clear", "garbage_collect", "reduce_buffer"))
     with bounded.arm(FaultPlan(Site.DEVICE_MEMORY, times=None)):
         pipeline.feed(0, samples[: 2 * SECOND])
-        _until(lambda: "pressure_emergency" in _kinds(pipeline), "that it waits is told")
+        until(lambda: "pressure_emergency" in _kinds(pipeline), "that it waits is told")
         accepted = pipeline.feed(2 * SECOND, samples[2 * SECOND :])
         waiting = len(pipeline.results())
-    pipeline.drain(15.0)
+    pipeline.drain(60.0)
     assert waiting == 0 and accepted == len(samples), f"{waiting} results and {accepted} samples while waiting"
     assert "emergency_shutdown" not in _kinds(pipeline), f"told: {_kinds(pipeline)}"
     _tile(pipeline.results(), len(samples))
@@ -526,7 +520,7 @@ def test_a_chunk_that_fails_again_and_again_is_set_aside_and_its_neighbours_are_
     samples[2 * SECOND : 3 * SECOND] = 0.0
     pipeline = start(model=_no_silence(tmp_path / "no-silence.onnx"))
     pipeline.feed(0, samples)
-    pipeline.drain(10.0)
+    pipeline.drain(60.0)
     results = pipeline.results()
     _tile(results, len(samples))
     failed = [(r.start, r.stop) for r in results if r.output is None]
@@ -553,7 +547,7 @@ def test_a_full_spool_refuses_what_is_new_and_loses_nothing(start: Open, audio: 
     pipeline.close()
     with start(spool_limit_bytes=4 << 20) as larger:
         _feed(larger, samples, first=accepted)
-        larger.drain(20.0)
+        larger.drain(60.0)
         after = larger.results()
     _tile(after, len(samples))
     _same(before, after[: len(before)])
@@ -577,7 +571,7 @@ def test_a_full_spool_has_room_for_the_answers_to_what_it_accepted(start: Open, 
     with bounded.arm(FaultPlan(Site.DEVICE_MEMORY, times=None)), pytest.raises(SpoolFull):
         _feed(pipeline, samples, block=1600)
     accepted = len(pipeline.recovered())
-    pipeline.drain(20.0)
+    pipeline.drain(60.0)
     _tile(pipeline.results(), accepted)
 
 
@@ -588,7 +582,7 @@ def test_a_model_file_that_is_gone_does_not_stop_a_recording(tmp_path: Path, bou
     with DictationPipeline(tmp_path / "s", InProcessEngine(bounded, path)) as pipeline:
         path.unlink()
         pipeline.feed(0, samples)
-        pipeline.drain(20.0)
+        pipeline.drain(60.0)
         failed = [result.start for result in pipeline.results() if result.output is None]
     assert not failed, f"the chunks at {failed} were set aside"
 
@@ -597,11 +591,11 @@ def test_a_device_that_is_full_at_the_start_means_the_fallback(tmp_path: Path, b
     held = ballast.fill(bounded.allocate)
     with DictationPipeline(tmp_path / "s", InProcessEngine(bounded, DEFAULT_MODEL)) as pipeline:
         pipeline.feed(0, audio(2.0))
-        pipeline.drain(20.0)
+        pipeline.drain(60.0)
         devices = {result.device for result in pipeline.results()}
         told = _kinds(pipeline)
         ballast.free(held)
-        _until(lambda: pipeline.device() == "cpu:arena", "it goes to the device once there is memory")
+        until(lambda: pipeline.device() == "cpu:arena", "it goes to the device once there is memory")
     assert devices == {"cpu"} and told[:2] == ["oom_detected", "cpu_fallback"], f"on {devices}, told {told}"
 
 
@@ -611,8 +605,8 @@ def test_a_device_without_room_for_one_chunk_is_not_returned_to(tmp_path: Path, 
     with DictationPipeline(tmp_path / "s", InProcessEngine(small, DEFAULT_MODEL)) as pipeline:
         for second in range(4):
             pipeline.feed(second * SECOND, audio(1.0))
-            pipeline.drain(20.0)
-        _until(lambda: pipeline.metrics().get("returns_failed", 0) >= 2, "a return is tried and fails")
+            pipeline.drain(60.0)
+        until(lambda: pipeline.metrics().get("returns_failed", 0) >= 2, "a return is tried and fails")
         told = _kinds(pipeline)
     small.close()
     assert told.count("cpu_fallback") == 1 and "returned_to_device" not in told, f"told {told}"
@@ -632,9 +626,9 @@ def test_retention_deletes_answered_audio_and_the_answers_stay_the_same(
         with start(name, retention_s=retention_s) as pipeline:
             for at in range(0, len(samples), SECOND):
                 pipeline.feed(at, samples[at : at + SECOND])
-                pipeline.drain(10.0)
+                pipeline.drain(60.0)
             if retention_s is not None:
-                _until(_short(pipeline), "all but the last seconds are deleted")
+                until(_short(pipeline), "all but the last seconds are deleted")
                 kept = pipeline.recovered()
                 assert np.array_equal(kept, samples[-len(kept) :]), "what is kept is not the end of the recording"
             answers[name] = pipeline.results()
@@ -650,7 +644,7 @@ def test_every_event_says_what_happened_what_was_done_and_what_it_means(
     pipeline = start(rungs=tuple(rung for rung in RUNGS if rung != "cpu_fallback"))
     with bounded.arm(FaultPlan(Site.DEVICE_MEMORY, times=None)):
         pipeline.feed(0, audio(16.0))
-        _until(lambda: "emergency_shutdown" in _kinds(pipeline), "the emergency shutdown")
+        until(lambda: "emergency_shutdown" in _kinds(pipeline), "the emergency shutdown")
     events: Sequence[Event] = pipeline.events()
     empty = [e for e in events if not (e.message.strip() and e.action.strip() and e.meaning.strip())]
     assert len(events) >= 5 and not empty, f"of {len(events)} events these leave something out: {empty}"
@@ -698,12 +692,12 @@ def test_a_pipeline_that_cannot_begin_leaves_the_folder_free_and_no_worker(
     took_s = time.monotonic() - began_s
     left = set(psutil.Process().children(recursive=True)) - before
     assert not left, f"processes left behind: {left}"
-    _until(lambda: set(threading.enumerate()) <= threads, "its threads end")
+    until(lambda: set(threading.enumerate()) <= threads, "its threads end")
     assert took_s < 10.0, f"it took {took_s:.1f} s to say so"
     monkeypatch.undo()
     with DictationPipeline(tmp_path / "a", InProcessEngine(bounded, DEFAULT_MODEL)) as pipeline:
         _feed(pipeline, audio(1.0))
-        pipeline.drain(10.0)
+        pipeline.drain(60.0)
         _tile(pipeline.results(), SECOND)
 
 
@@ -730,7 +724,7 @@ def test_a_close_that_was_cut_short_can_be_repeated(
     engine = InProcessEngine(bounded, DEFAULT_MODEL)
     pipeline = DictationPipeline(tmp_path / "a", engine)
     _feed(pipeline, audio(1.0))
-    pipeline.drain(10.0)
+    pipeline.drain(60.0)
     shutdown, asked = DictationPipeline.shutdown, []
 
     def fail_once(self: DictationPipeline, reason: str) -> None:
@@ -747,7 +741,7 @@ def test_a_close_that_was_cut_short_can_be_repeated(
     pipeline.close()
     pipeline.close()
     assert asked == ["closed"] * 2, f"it was shut down {len(asked)} times: expected once for each close that had work"
-    _until(lambda: set(threading.enumerate()) <= threads, "its threads end")
+    until(lambda: set(threading.enumerate()) <= threads, "its threads end")
     assert engine._closed, "the engine is open"
 
 
@@ -783,9 +777,9 @@ def test_memory_is_watched_after_the_watcher_had_none_itself(
         return act(*arguments)
 
     monkeypatch.setattr(place, name, fail_at_first)
-    _until(lambda: len(failed) == 5, "the watcher fails five times")
+    until(lambda: len(failed) == 5, "the watcher fails five times")
     held = _hold(bounded, 0.92)
-    _until(_told(pipeline, "pressure_critical"), "the user is told that memory is short")
+    until(_told(pipeline, "pressure_critical"), "the user is told that memory is short")
     held.free()
 
 

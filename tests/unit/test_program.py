@@ -26,6 +26,7 @@ import pytest
 from protection.pipeline import DictationPipeline
 from protection.program import Stop, WavInput
 from protection.spool import AudioError, Result, Spool, SpoolView
+from tests.unit.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 RATE = 16_000
@@ -96,12 +97,9 @@ class Program:
             for text in self.stdout:
                 self.lines.append(json.loads(text))
             self.stdout.close()
-        status = self.process.wait(30)
+        status = self.process.wait(100)
         # The kernel ends a worker with its host, a moment later.
-        deadline_s = time.monotonic() + 10
-        while (left := self._processes()) and time.monotonic() < deadline_s:
-            time.sleep(0.01)
-        assert not left, f"processes {left} were left behind"
+        until(lambda: not self._processes(), f"its processes, {self._processes()}, end")
         files = sorted(path.name for path in self.temporary.iterdir())
         assert not files, f"temporary files were left behind: {files}"
         assert "Traceback" not in self.stderr, self.stderr
@@ -346,7 +344,7 @@ def test_a_signal_ends_a_recording_that_waits_for_audio(start: Start, tmp_path: 
     program.line()
     time.sleep(0.2)
     program.process.terminate()
-    assert program.process.wait(30) == 0, program.stderr
+    assert program.process.wait(100) == 0, program.stderr
     assert program.end() == 0, program.stderr
 
 
@@ -405,7 +403,7 @@ def test_an_emergency_ends_with_75_and_resume_answers_the_rest(start: Start, run
     program = start("record", *shares, "--policy=hysteresis=0", "--spool", tmp_path / "s", "--input", "-")
     program.line()
     # Nothing is written: it must not wait for audio that it could not accept.
-    assert program.process.wait(30) == 75, program.stderr
+    assert program.process.wait(100) == 75, program.stderr
     program.end()
     assert "emergency_shutdown: " in program.stderr, program.stderr
     assert program.lines[-1]["done"] is False, f"the last line is {program.lines[-1]}"
@@ -671,13 +669,6 @@ threading.Thread(target=starve, daemon=True).start()
 """
 
 
-def _appears(path: Path) -> None:
-    deadline_s = time.monotonic() + 20
-    while not path.exists():
-        assert time.monotonic() < deadline_s, f"{path.name} did not appear"
-        time.sleep(0.01)
-
-
 def test_a_block_that_found_no_memory_is_fed_again(start: Start, tmp_path: Path) -> None:
     pcm = _speech(32.0)
     program = start(
@@ -686,7 +677,7 @@ def test_a_block_that_found_no_memory_is_fed_again(start: Start, tmp_path: Path)
     )
     program.line()
     (tmp_path / "short").touch()
-    _appears(tmp_path / "starved")
+    until((tmp_path / "starved").exists, "its memory is short")
     # More than the pipe held before: it was read, and so is in the program's hands alone.
     program.stdin.write(pcm.tobytes())
     program.stdin.flush()

@@ -586,7 +586,7 @@ def test_views_that_come_and_go_harm_no_recording_that_begins(tmp_path: Path, au
                     assert view.accepted == stop, f"{view.accepted} of {stop} are seen"
     finally:
         (tmp_path / "over").touch()
-        told = [view.communicate(timeout=30)[1] for view in views]
+        told = [view.communicate(timeout=100)[1] for view in views]
     assert not any(told), f"a view failed: {told}"
     with SpoolView(tmp_path) as view:
         assert np.array_equal(view.read(0, 16_000), samples), "the samples are others"

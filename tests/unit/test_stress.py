@@ -292,7 +292,7 @@ def test_an_interruption_ends_in_order_with_a_verdict(tmp_path: Path, temporary:
         assert family
         # As a terminal does: to the neighbour as well.
         (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
-        said += process.communicate(timeout=30)[0]
+        said += process.communicate(timeout=100)[0]
     finally:
         process.kill()
         process.wait()

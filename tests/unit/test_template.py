@@ -36,6 +36,7 @@ from backends.process import NO_ACCELERATOR
 from protection.template import STATUS_UNKNOWN, Template, TemplateLost, template_for
 from protection.worker_engine import WorkerEngine
 from protection.worker_process import WorkerLost
+from tests.unit.waiting import until
 
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +90,7 @@ def _nothing_is_left() -> Iterator[None]:
     yield
     protection.template.end_all()
     protection.template._templates.clear()
-    _until(lambda: set(threading.enumerate()) <= threads, "its thread ends")
+    until(lambda: set(threading.enumerate()) <= threads, "its thread ends")
     left = psutil.Process().children(recursive=True)
     assert not left, f"processes left behind: {left}"
     assert _descriptors() <= descriptors, f"{descriptors} descriptors before, {_descriptors()} after"
@@ -122,7 +123,7 @@ class Launched:
 
     def said(self) -> Any:
         """Wait for what it says of itself."""
-        _until(lambda: b"\n" in os.pread(self.stderr, 1 << 16, 0), "it says what it is")
+        until(lambda: b"\n" in os.pread(self.stderr, 1 << 16, 0), "it says what it is")
         text = os.pread(self.stderr, 1 << 16, 0).decode()
         assert text.startswith("{"), f"it said {text}"
         return json.loads(text)
@@ -162,13 +163,6 @@ def start(preload: Preload, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         yield make
 
 
-def _until(condition: Callable[[], bool], what: str, within_s: float = 20.0) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"not within {within_s} s: {what}"
-        time.sleep(0.01)
-
-
 def _descriptors() -> int:
     gc.collect()
     return len(list(Path("/proc/self/fd").iterdir()))
@@ -188,7 +182,7 @@ def _gone(process: psutil.Process) -> bool:
 def _stop(template: Template) -> psutil.Process:
     process = psutil.Process(template.process_id)
     process.suspend()
-    _until(lambda: process.status() == psutil.STATUS_STOPPED, "it is stopped")
+    until(lambda: process.status() == psutil.STATUS_STOPPED, "it is stopped")
     return process
 
 
@@ -261,7 +255,7 @@ def test_a_template_has_one_thread_and_goes_after_its_workers(
     scores = [int(Path(f"/proc/{each}/oom_score_adj").read_text()) for each in (process.pid, worker.process.pid)]
     assert process.num_threads() == 1, f"it has {process.num_threads()} threads"
     # The worker says it of itself once it has begun.
-    _until(lambda: Path(f"/proc/{worker.process.pid}/oom_score_adj").read_text() == "1000\n", "the worker goes first")
+    until(lambda: Path(f"/proc/{worker.process.pid}/oom_score_adj").read_text() == "1000\n", "the worker goes first")
     assert 0 < scores[0] < 1000, f"the OOM killer's scores of template and worker: {scores}"
     assert os.getsid(process.pid) == process.pid, "it is in another session than its own"
 
@@ -318,14 +312,14 @@ def test_how_a_worker_ended_is_told_to_every_thread_that_asks(
 def test_a_worker_that_ends_at_once_is_no_trouble(preload: Preload, launch: Callable[..., Launched]) -> None:
     probe = preload("import os\ndef load(): os.register_at_fork(after_in_child=lambda: os._exit(7))")
     workers = [launch(probe) for _ in range(30)]
-    found = [each.process.wait(20.0) for each in workers]
+    found = [each.process.wait(60.0) for each in workers]
     assert found == [7] * 30, f"they ended with {found}"
     assert len({_template(each).process_id for each in workers}) == 1, "the template was replaced"
 
 
 def test_what_a_worker_died_of_is_in_its_last_words(preload: Preload, launch: Callable[..., Launched]) -> None:
     worker = launch(preload("from protection import worker\ndef load(): worker.main = lambda: 1 // 0"))
-    assert worker.process.wait(20.0) == 1, f"it ended with {worker.process.returncode}"
+    assert worker.process.wait(60.0) == 1, f"it ended with {worker.process.returncode}"
     text = os.pread(worker.stderr, 10_000, 0).decode()
     assert "ZeroDivisionError" in text, f"it said {text!r}"
 
@@ -409,7 +403,7 @@ def test_a_template_without_descriptors_goes_on(preload: Preload, launch: Callab
     assert told == {"the template could not fork"} and len(ends) > 2, f"{len(ends)} were forked; told: {told}"
     assert launch(probe).template is template and first.process.poll() is None, "the template, or its worker, was lost"
     for each in ends:
-        assert each.wait(20.0) == 0, f"a worker whose host hung up ended with {each.returncode}"
+        assert each.wait(60.0) == 0, f"a worker whose host hung up ended with {each.returncode}"
 
 
 def test_a_stopped_template_costs_a_recovery_a_moment_and_no_other_worker(
@@ -440,10 +434,10 @@ def test_a_stopped_template_costs_a_recovery_a_moment_and_no_other_worker(
     engine.restart()
     late_s = time.monotonic() - began_s
     assert engine._device._template is not second and np.array_equal(engine.infer(_features()), expected), "the scores"
-    assert max(took_s, late_s) < 10.0, f"the restarts took {took_s:.1f} and {late_s:.1f} s"
+    assert max(took_s, late_s) < 20.0, f"the restarts took {took_s:.1f} and {late_s:.1f} s"
     # With its last worker the stopped one goes as well, whatever it still had to say.
     engine._drop(standby)
-    _until(lambda: _gone(stopped), "it is ended")
+    until(lambda: _gone(stopped), "it is ended")
 
 
 def test_what_a_template_says_too_late_leaves_nothing(
@@ -461,12 +455,12 @@ def test_what_a_template_says_too_late_leaves_nothing(
     # It forks now, for nobody: that one finds its host's ends closed.
     third = launch(probe)
     assert third.template not in (None, template) and first.process.poll() is None, "the late one is asked again"
-    _until(lambda: [each.pid for each in stopped.children()] == [first.process.pid], "the late worker has ended")
+    until(lambda: [each.pid for each in stopped.children()] == [first.process.pid], "the late worker has ended")
     before = _descriptors()
     first.process.kill()
-    assert first.process.wait(20.0) == -signal.SIGKILL, f"it ended with {first.process.returncode}"
+    assert first.process.wait(60.0) == -signal.SIGKILL, f"it ended with {first.process.returncode}"
     assert _gone(stopped), "it was kept without workers"
-    _until(lambda: _descriptors() == before - 1, "its connection is closed")
+    until(lambda: _descriptors() == before - 1, "its connection is closed")
 
 
 def test_a_template_that_is_killed_takes_its_workers_along_and_the_next_is_another(
@@ -480,7 +474,7 @@ def test_a_template_that_is_killed_takes_its_workers_along_and_the_next_is_anoth
     assert template.process_id in ids and len(ids) == 3, f"processes {ids}, the template {template.process_id}"
     os.kill(template.process_id, signal.SIGKILL)
     workers = [psutil.Process(each) for each in ids if psutil.pid_exists(each)]
-    _until(lambda: all(map(_gone, workers)), "they all end")
+    until(lambda: all(map(_gone, workers)), "they all end")
     with pytest.raises(WorkerLost, match="was killed by SIGKILL"):
         engine.infer(_features())
     assert np.array_equal(engine.infer(_features()), expected), "the scores differ"
@@ -513,7 +507,7 @@ def test_a_template_without_workers_ends_and_leaves_nothing(preload: Preload, mo
         assert not _gone(process) and workers[0].process.poll() is None, "it went before its last worker"
         assert len(set(threading.enumerate()) - threads) == 1, f"threads {threading.enumerate()}"
         workers[0].close()
-        _until(lambda: set(threading.enumerate()) == threads, "its thread ends", 5.0)
+        until(lambda: set(threading.enumerate()) == threads, "its thread ends")
         assert not psutil.Process().children(), f"left: {psutil.Process().children()}"
         workers.clear()
         del each
@@ -578,7 +572,7 @@ def _hear(host: subprocess.Popen[str]) -> list[Any]:
 
 def _ended(host: subprocess.Popen[str]) -> str:
     """Tell it to go on, wait for its end, and give what it complained of."""
-    _, errors = host.communicate("\n", timeout=40.0)
+    _, errors = host.communicate("\n", timeout=100.0)
     assert host.returncode == 0, f"the host ended with {host.returncode}: {errors[-2000:]}"
     return errors
 
@@ -601,7 +595,7 @@ input()
         for each in processes:
             each.suspend()
     parent.kill()
-    _until(lambda: all(map(_gone, processes)), f"of {processes}, {state}, none outlives the host")
+    until(lambda: all(map(_gone, processes)), f"of {processes}, {state}, none outlives the host")
 
 
 @pytest.mark.parametrize("close", ["", "engine.close()"], ids=["without-closing", "closed"])
@@ -619,10 +613,10 @@ input()
     began_s = time.monotonic()
     errors = _ended(parent)
     took_s = time.monotonic() - began_s
-    _until(lambda: all(map(_gone, processes)), "none outlives it")
+    until(lambda: all(map(_gone, processes)), "none outlives it")
     # An engine that is not closed leaves its own connections, streams, to the collector. The template's is none.
     theirs = [line for line in errors.splitlines() if f"type={int(socket.SOCK_STREAM)}," not in line]
-    assert not theirs and took_s < 5.0, f"it took {took_s:.1f} s, and said {theirs}"
+    assert not theirs and took_s < 20.0, f"it took {took_s:.1f} s, and said {theirs}"
 
 
 def test_an_interrupt_from_the_keyboard_reaches_neither(host: Callable[[str], subprocess.Popen[str]]) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import gc
 import os
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +16,9 @@ import pytest
 from backends.faults import interposer
 from backends.faults.interposer import Control
 from backends.threads import OneThread, Thread
+from tests.unit.waiting import WITHIN_S, until
 
 InChild = Callable[[str], Any]
-WITHIN_S = 10.0
 
 
 @pytest.fixture
@@ -47,13 +46,6 @@ def _comm(thread: int) -> str:
 
 def _threads() -> list[str]:
     return [thread.name for thread in threading.enumerate()]
-
-
-def _until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + WITHIN_S
-    while not condition():
-        assert time.monotonic() < deadline_s, f"not within {WITHIN_S} s"
-        time.sleep(0.001)
 
 
 # Tries `act` with request 1, 2, 3 … refused, alone and with all that follow, until none is; says what came of each.
@@ -194,7 +186,7 @@ def test_things_are_done_in_the_order_in_which_they_came_and_on_one_thread(one: 
     for waiting, giver in enumerate(givers):
         giver.start()
         # The first is being done, and the others wait behind it.
-        _until(lambda waiting=waiting: begun.is_set() and one._tasks.qsize() == waiting)  # type: ignore[misc]
+        until(lambda waiting=waiting: begun.is_set() and one._tasks.qsize() == waiting, "its work waits")  # type: ignore[misc]
     assert not done, f"{done} were done while the first was not over"
     go.set()
     for giver in givers:
@@ -240,7 +232,7 @@ def test_nothing_of_what_was_done_is_kept(one: OneThread, fails: bool) -> None:
         gone = give()
         # The thread lets go of it just after it has told.
         with contextlib.suppress(AssertionError):
-            _until(lambda: gone() is None)
+            until(lambda: gone() is None, "it is collected")
         assert gone() is None, f"it is kept by {gc.get_referrers(gone())}"
     finally:
         gc.enable()

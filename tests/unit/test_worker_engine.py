@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -40,6 +39,7 @@ from protection.engine import EngineError, InProcessEngine
 from protection.worker_engine import WorkerEngine
 from protection.worker_process import Deadlines, WorkerLost
 from tests.meta import broken_workers
+from tests.unit.waiting import until
 
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parents[2]
@@ -139,13 +139,6 @@ def _expected(batch: int = 4) -> Any:
     scores = engine.infer(_features(batch))
     engine.close()
     return scores
-
-
-def _until(condition: Callable[[], bool], what: str, within_s: float = 20.0) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"not within {within_s} s: {what}"
-        time.sleep(0.01)
 
 
 def _workers(engine: WorkerEngine) -> list[psutil.Process]:
@@ -401,7 +394,7 @@ def test_a_worker_that_dies_idle_is_missed_at_once_and_told_at_the_next_inferenc
     engine.infer(_features())
     (worker,) = _workers(engine)
     worker.kill()
-    _until(lambda: list(engine.process_ids()) == [os.getpid()], "its id is no longer given")
+    until(lambda: list(engine.process_ids()) == [os.getpid()], "its id is no longer given")
     assert not worker.is_running(), "it was not reaped"
     with pytest.raises(WorkerLost, match="was killed by SIGKILL"):
         engine.infer(_features())
@@ -451,7 +444,7 @@ def test_a_hang_of_the_runtime_is_detected_and_ended(start: Start, bounded: Cpu)
 def test_a_worker_that_is_stopped_for_a_moment_is_waited_for(shared: WorkerEngine) -> None:
     worker = _workers(shared)[0]
     worker.suspend()
-    _until(lambda: worker.status() == psutil.STATUS_STOPPED, "it is stopped")
+    until(lambda: worker.status() == psutil.STATUS_STOPPED, "it is stopped")
     with ThreadPoolExecutor(1) as other:
         inferring = other.submit(shared.infer, _features())
         threading.Event().wait(0.8)
@@ -476,7 +469,7 @@ def test_whoever_waits_can_be_told_to_stop_from_another_thread(start: Start, bou
     engine = start(infer_s=100.0)
     with bounded.arm(FaultPlan(Site.RUNTIME_HANG)) as fault, ThreadPoolExecutor(1) as other:
         inferring = other.submit(engine.infer, _features())
-        _until(lambda: fault.record().faults_fired == 1, "the runtime hangs")
+        until(lambda: fault.record().faults_fired == 1, "the runtime hangs")
         engine.cancel()
         with pytest.raises(WorkerLost):
             inferring.result(20.0)
@@ -488,7 +481,7 @@ def test_an_interrupt_of_the_wait_does_not_spoil_the_next_answer(start: Start, b
     with bounded.arm(FaultPlan(Site.RUNTIME_HANG)) as fault:
 
         def interrupt() -> None:
-            _until(lambda: fault.record().faults_fired == 1, "the runtime hangs")
+            until(lambda: fault.record().faults_fired == 1, "the runtime hangs")
             os.kill(os.getpid(), signal.SIGINT)
 
         other = threading.Thread(target=interrupt)
@@ -594,7 +587,7 @@ def test_a_worker_that_cannot_be_asked_any_more_ends(start: Start, monkeypatch: 
     engine = start()
     engine.infer(_features())
     (worker,) = _workers(engine)
-    _until(lambda: _gone(worker), "a worker that lost one of its threads ends")
+    until(lambda: _gone(worker), "a worker that lost one of its threads ends")
     with pytest.raises(WorkerLost, match=r"ended with status 70; it said: .*MemoryError") as caught:
         engine.infer(_features())
     assert caught.value.cause == "died", f"the cause is {caught.value.cause}"
@@ -808,7 +801,7 @@ def test_a_fallback_that_dies_while_it_lingers_is_replaced_when_it_is_needed(sta
     device, fallback = _workers(engine)
     assert engine.return_to_device(), "it did not return"
     fallback.kill()
-    _until(lambda: _workers(engine) == [device], "it is gone")
+    until(lambda: _workers(engine) == [device], "it is gone")
     assert _is_right(engine) and not engine.lost, "the device's answers are lost with it"
     engine.fall_back()
     found = _workers(engine)
@@ -842,13 +835,13 @@ def test_a_standby_that_is_gone_is_replaced(start: Start, monkeypatch: pytest.Mo
     engine = start(standby=True)
     device, standby = _workers(engine)
     standby.kill()
-    _until(lambda: len(_workers(engine)) == 1, "it is gone")
+    until(lambda: len(_workers(engine)) == 1, "it is gone")
     assert _is_right(engine), "the device's scores differ"
     found = _workers(engine)
     assert len(found) == 2 and found[0] == device and standby not in found, f"workers: {found}"
     # One that does not stay is not started with every inference.
     found[1].kill()
-    _until(lambda: len(_workers(engine)) == 1, "it is gone again")
+    until(lambda: len(_workers(engine)) == 1, "it is gone again")
     assert _is_right(engine) and _workers(engine) == [device], f"workers: {_workers(engine)}"
     # Unloading is no death.
     engine.unload()
@@ -919,7 +912,7 @@ def templates() -> Iterator[None]:
     yield
     protection.template.end_all()
     protection.template._templates.clear()
-    _until(lambda: set(psutil.Process().children(recursive=True)) <= before, "the templates end")
+    until(lambda: set(psutil.Process().children(recursive=True)) <= before, "the templates end")
 
 
 @pytest.mark.usefixtures("templates")
@@ -973,10 +966,10 @@ def test_an_engine_whose_close_fails_halfway_ends_the_other_worker_and_is_closed
     monkeypatch.setattr(WorkerEngine, "_drop", fail_once)
     with pytest.raises(MemoryError, match="there was none"):
         engine.close()
-    _until(lambda: _gone(device), "the device's worker ends though the fallback's could not be ended")
+    until(lambda: _gone(device), "the device's worker ends though the fallback's could not be ended")
     threads = set(threading.enumerate()) - before
     engine.close()
-    _until(lambda: _gone(fallback), "the second call ends the fallback's worker")
+    until(lambda: _gone(fallback), "the second call ends the fallback's worker")
     assert not threads, f"threads left after the first call: {threads}"
 
 
@@ -997,7 +990,7 @@ def test_a_close_that_fails_once_for_the_devices_worker_can_be_repeated(
     with pytest.raises(MemoryError, match="there was none"):
         engine.close()
     engine.close()
-    _until(lambda: _gone(device), "the second call ends the worker")
+    until(lambda: _gone(device), "the second call ends the worker")
     assert bounded.load(DEFAULT_MODEL).run(_features()).shape == (4, 50, 32), "the device is not in this process again"
 
 
@@ -1236,7 +1229,7 @@ input()
         for worker in workers:
             worker.suspend()
     parent.process.kill()
-    _until(lambda: all(map(_gone, workers)), f"of {workers}, {state}, none outlives its host")
+    until(lambda: all(map(_gone, workers)), f"of {workers}, {state}, none outlives its host")
     assert len(workers) == 1, f"workers: {workers}"
 
 
@@ -1255,10 +1248,10 @@ def test_a_host_that_ends_without_closing_takes_its_workers_along(
     parent = host(f"engine = WorkerEngine(device, DEFAULT_MODEL)\nsay(*engine.process_ids())\ninput()\n{end}")
     workers = [psutil.Process(process_id) for process_id in parent.hear()[1:]]
     parent.tell()
-    _until(lambda: all(map(_gone, workers)), f"{workers} outlive a host that ends with {end!r}")
+    until(lambda: all(map(_gone, workers)), f"{workers} outlive a host that ends with {end!r}")
     if end.startswith("os.execv"):
         parent.tell()
-    found = parent.process.wait(30.0)
+    found = parent.process.wait(60.0)
     assert (len(workers), found) == (1, status), f"{len(workers)} workers; the host's status is {found}, not {status}"
 
 
@@ -1283,7 +1276,7 @@ engine.close()
     os.killpg(parent.process.pid, signal.SIGINT)
     found = parent.hear()
     assert found == [1, True, False], f"interrupted, the same workers, lost: {found}"
-    assert parent.process.wait(30.0) == 0, f"the host ended with {parent.process.returncode}"
+    assert parent.process.wait(60.0) == 0, f"the host ended with {parent.process.returncode}"
 
 
 def test_a_host_that_was_stopped_does_not_blame_its_worker(host: Callable[[str], Host]) -> None:
@@ -1303,7 +1296,7 @@ engine.close()
 """)
     (worker_id,) = parent.hear()
     stopped = psutil.Process(parent.process.pid)
-    _until(lambda: stopped.status() == psutil.STATUS_STOPPED, "the host has asked, and stops")
+    until(lambda: stopped.status() == psutil.STATUS_STOPPED, "the host has asked, and stops")
     threading.Event().wait(2.5)
     stopped.resume()
     found = parent.hear()
@@ -1343,8 +1336,8 @@ engine.close()
 """)
     (worker_id,) = parent.hear()
     worker, stopped = psutil.Process(worker_id), psutil.Process(parent.process.pid)
-    _until(lambda: stopped.status() == psutil.STATUS_STOPPED, "the host has asked, and stops")
-    _until(lambda: _gone(worker), "the worker ends by itself")
+    until(lambda: stopped.status() == psutil.STATUS_STOPPED, "the host has asked, and stops")
+    until(lambda: _gone(worker), "the worker ends by itself")
     assert stopped.status() == psutil.STATUS_STOPPED, f"the host is {stopped.status()}"
     stopped.resume()
     (cause, text), right, after = parent.hear()

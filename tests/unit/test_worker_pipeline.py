@@ -28,6 +28,7 @@ from protection.pipeline import DictationPipeline, PipelineClosed, make_engine
 from protection.policy import RUNGS, Policy
 from protection.spool import Result
 from tests.meta import broken_workers
+from tests.unit.waiting import until
 
 SECOND = 16_000
 pytestmark = pytest.mark.timeout(120)
@@ -70,7 +71,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Samples], Se
             engine = InProcessEngine(Cpu(), DEFAULT_MODEL, owns_backend=True)
             with DictationPipeline(tmp_path_factory.mktemp("expected"), engine) as pipeline:
                 pipeline.feed(0, samples)
-                pipeline.drain(30.0)
+                pipeline.drain(60.0)
                 known[samples.tobytes()] = pipeline.results()
         return known[samples.tobytes()]
 
@@ -78,13 +79,6 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Samples], Se
 
 
 Expected = Callable[[Samples], Sequence[Result]]
-
-
-def _until(condition: Callable[[], bool], what: str, within_s: float = 20.0) -> None:
-    deadline_s = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline_s, f"not within {within_s} s: {what}"
-        time.sleep(0.005)
 
 
 def _kinds(pipeline: DictationPipeline) -> list[str]:
@@ -119,13 +113,13 @@ def test_a_worker_that_is_killed_in_the_middle_is_replaced_and_its_chunks_replay
     samples = audio(8.3)
     pipeline = start()
     pipeline.feed(0, samples[: 4 * SECOND])
-    pipeline.drain(20.0)
+    pipeline.drain(60.0)
     (worker,) = _workers(pipeline)
     # What it is asked next it never answers.
     worker.suspend()
     pipeline.feed(4 * SECOND, samples[4 * SECOND :])
     worker.kill()
-    pipeline.drain(20.0)
+    pipeline.drain(60.0)
     _same(pipeline.results(), expected(samples))
     assert _kinds(pipeline) == ["worker_lost", "restart_worker", "recovered"], f"told: {_kinds(pipeline)}"
     assert _where(pipeline) == {("cpu:arena", False)}, f"answers were made on {_where(pipeline)}"
@@ -140,12 +134,12 @@ def test_a_worker_that_dies_idle_is_replaced_when_there_is_work(start: Open, aud
     samples = audio(2.0)
     pipeline = start()
     pipeline.feed(0, samples[:SECOND])
-    pipeline.drain(20.0)
+    pipeline.drain(60.0)
     _workers(pipeline)[0].kill()
     pipeline.quiesce()
-    _until(lambda: not _workers(pipeline), "it is gone")
+    until(lambda: not _workers(pipeline), "it is gone")
     pipeline.feed(SECOND, samples[SECOND:])
-    pipeline.drain(20.0)
+    pipeline.drain(60.0)
     _same(pipeline.results(), expected(samples))
     assert _kinds(pipeline) == ["worker_lost", "restart_worker", "recovered"], f"told: {_kinds(pipeline)}"
 
@@ -155,7 +149,7 @@ def test_a_runtime_that_hangs_is_replaced(start: Open, bounded: Cpu, audio: Audi
     pipeline = start(infer_deadline_s=2.0)
     with bounded.arm(FaultPlan(Site.RUNTIME_HANG)) as fault:
         pipeline.feed(0, samples)
-        pipeline.drain(30.0)
+        pipeline.drain(60.0)
         record = fault.record()
     _same(pipeline.results(), expected(samples))
     assert record.faults_fired == 1, f"the record is {record}"
@@ -184,7 +178,7 @@ def test_a_broken_worker_is_replaced_and_recorded(
     pipeline = start(infer_deadline_s=2.0, heartbeat_s=1.0)
     for stop in (2 * SECOND, 4 * SECOND):
         pipeline.feed(stop - 2 * SECOND, samples[stop - 2 * SECOND : stop])
-        pipeline.drain(30.0)
+        pipeline.drain(60.0)
     _same(pipeline.results(), expected(samples))
     assert _kinds(pipeline) == ["worker_lost", "restart_worker", "recovered"], f"told: {_kinds(pipeline)}"
     metrics = pipeline.metrics()
@@ -200,7 +194,7 @@ def test_a_device_after_whose_error_nothing_works_costs_the_worker(
     pipeline = start()
     workers = _workers(pipeline)
     pipeline.feed(0, samples)
-    pipeline.drain(20.0)
+    pipeline.drain(60.0)
     _same(pipeline.results(), expected(samples))
     assert _kinds(pipeline) == ["device_error", "restart_worker", "recovered"], f"told: {_kinds(pipeline)}"
     assert workers[0] not in _workers(pipeline), f"workers before {workers}, after {_workers(pipeline)}"
@@ -215,7 +209,7 @@ def test_a_device_that_is_lost_to_a_worker_by_a_suspend_costs_the_worker_and_not
     pipeline = start()
     workers = _workers(pipeline)
     pipeline.feed(0, samples[: 2 * SECOND])
-    pipeline.drain(20.0)
+    pipeline.drain(60.0)
     assert not _kinds(pipeline), f"told before the sleep: {_kinds(pipeline)}"
     for worker in workers:
         worker.suspend()
@@ -223,7 +217,7 @@ def test_a_device_that_is_lost_to_a_worker_by_a_suspend_costs_the_worker_and_not
     for worker in workers:
         worker.resume()
     pipeline.feed(2 * SECOND, samples[2 * SECOND :])
-    pipeline.drain(20.0)
+    pipeline.drain(60.0)
     _same(pipeline.results(), expected(samples))
     assert _kinds(pipeline) == ["device_error", "restart_worker", "recovered"], f"told: {_kinds(pipeline)}"
     assert workers[0] not in _workers(pipeline), f"workers before {workers}, after {_workers(pipeline)}"
@@ -261,7 +255,7 @@ def test_a_device_that_is_gone_means_the_fallback_at_once(
     samples = audio(2.0)
     pipeline = start(pressure_interval_s=60.0)
     pipeline.feed(0, samples)
-    pipeline.drain(20.0)
+    pipeline.drain(60.0)
     _same(pipeline.results(), expected(samples))
     assert _kinds(pipeline) == ["device_error", "cpu_fallback", "recovered"], f"told: {_kinds(pipeline)}"
     assert _where(pipeline) == {("cpu", True)}, f"answers were made on {_where(pipeline)}"
@@ -274,7 +268,7 @@ def test_the_user_is_told_why_there_was_no_memory(start: Open, bounded: Cpu, aud
     pipeline = start()
     with bounded.arm(FaultPlan(Site.DEVICE_MEMORY)):
         pipeline.feed(0, audio(4.0))
-        pipeline.drain(20.0)
+        pipeline.drain(60.0)
     first = pipeline.events()[0].message
     assert first.startswith("the device ran out of memory: a limit refused (RuntimeFailure: "), f"told: {first}"
 
@@ -289,15 +283,15 @@ def test_a_device_that_always_kills_its_worker_means_the_fallback_until_it_does_
     pipeline = start(restart_backoff_s=0.2)
     with bounded.arm(FaultPlan(Site.RUNTIME_CRASH, times=None)) as fault:
         pipeline.feed(0, samples[: 2 * SECOND])
-        pipeline.drain(30.0)
+        pipeline.drain(60.0)
         metrics, told = pipeline.metrics(), _kinds(pipeline)
-        _until(lambda: pipeline.metrics().get("returns_failed", 0) >= 1, "a return was tried and failed")
+        until(lambda: pipeline.metrics().get("returns_failed", 0) >= 1, "a return was tried and failed")
         pipeline.feed(2 * SECOND, samples[2 * SECOND : 3 * SECOND])
-        pipeline.drain(30.0)
+        pipeline.drain(60.0)
         record = fault.record()
-    _until(lambda: pipeline.device() == "cpu:arena", "it returned to the device")
+    until(lambda: pipeline.device() == "cpu:arena", "it returned to the device")
     pipeline.feed(3 * SECOND, samples[3 * SECOND :])
-    pipeline.drain(30.0)
+    pipeline.drain(60.0)
     _same(pipeline.results(), expected(samples))
     lost = ["worker_lost", "restart_worker"] * 2
     assert told == [*lost, "worker_lost", "cpu_fallback", "recovered"], f"told: {told}"
@@ -315,7 +309,7 @@ def test_without_the_restart_a_lost_worker_means_the_fallback(start: Open, bound
     pipeline = start(rungs=tuple(rung for rung in RUNGS if rung != "restart_worker"), pressure_interval_s=60.0)
     with bounded.arm(FaultPlan(Site.RUNTIME_CRASH)):
         pipeline.feed(0, audio(2.0))
-        pipeline.drain(20.0)
+        pipeline.drain(60.0)
     assert _kinds(pipeline) == ["worker_lost", "cpu_fallback", "recovered"], f"told: {_kinds(pipeline)}"
 
 
@@ -338,7 +332,7 @@ def test_workers_that_all_die_end_in_an_orderly_shutdown_and_nothing_is_lost(
     killer = threading.Thread(target=kill)
     killer.start()
     try:
-        _until(lambda: bool(killed), "the first is killed")
+        until(lambda: bool(killed), "the first is killed")
         pipeline.feed(0, samples)
         with pytest.raises(PipelineClosed, match="no rung of the ladder helped"):
             pipeline.drain(60.0)
@@ -356,7 +350,7 @@ def test_workers_that_all_die_end_in_an_orderly_shutdown_and_nothing_is_lost(
     assert metrics["workers_lost_total"] >= len(killed) - 1, f"{len(killed)} were killed, counted: {dict(metrics)}"
     pipeline.close()
     with start() as after:
-        after.drain(20.0)
+        after.drain(60.0)
         _same(after.results(), expected(samples))
 
 
@@ -402,12 +396,12 @@ def test_a_device_whose_worker_died_unasked_is_returned_to(
     pipeline = start()
     with bounded.arm(FaultPlan(Site.DEVICE_MEMORY, times=None)):
         pipeline.feed(0, samples[:SECOND])
-        pipeline.drain(30.0)
+        pipeline.drain(60.0)
         (device, _) = _workers(pipeline)
         device.kill()
-    _until(lambda: "returned_to_device" in _kinds(pipeline), "it is back on the device", 30.0)
+    until(lambda: "returned_to_device" in _kinds(pipeline), "it is back on the device")
     pipeline.feed(SECOND, samples[SECOND:])
-    pipeline.drain(30.0)
+    pipeline.drain(60.0)
     _same(pipeline.results(), expected(samples))
     assert pipeline.results()[-1].device == "cpu:arena", f"the last answer was made on {pipeline.results()[-1].device}"
 
@@ -420,7 +414,7 @@ def test_a_worker_that_cannot_load_again_means_the_fallback_and_no_emergency(
     with bounded.arm(FaultPlan(Site.HOST_MEMORY, min_bytes=256_000)) as fault:
         _workers(pipeline)[0].kill()
         pipeline.feed(0, samples)
-        pipeline.drain(30.0)
+        pipeline.drain(60.0)
         record = fault.record()
     _same(pipeline.results(), expected(samples))
     assert record.faults_fired == 1, f"the record is {record}"
@@ -467,7 +461,7 @@ def test_the_first_rungs_reach_the_worker(start: Open, bounded: Cpu, audio: Audi
     for turn, (site, rung) in enumerate(((Site.DEVICE_CACHE, "cache_clear"), (Site.DEVICE_GARBAGE, "garbage_collect"))):
         with bounded.arm(FaultPlan(site)) as fault:
             pipeline.feed(16 * turn * SECOND, samples[16 * turn * SECOND :][: 16 * SECOND])
-            pipeline.drain(20.0)
+            pipeline.drain(60.0)
             record = fault.record()
         kinds = _kinds(pipeline)[told:]
         assert record.faults_fired >= 1 and kinds[-2:] == [rung, "recovered"], f"{site}: {record}, told: {kinds}"
@@ -483,7 +477,7 @@ def test_a_full_device_is_left_after_everything_else_was_tried_once(
     pipeline = start(pressure_interval_s=60.0)
     with bounded.arm(FaultPlan(Site.DEVICE_MEMORY, times=None)):
         pipeline.feed(0, samples)
-        pipeline.drain(30.0)
+        pipeline.drain(60.0)
     _same(pipeline.results(), expected(samples))
     rungs = [kind for kind in _kinds(pipeline) if kind in RUNGS]
     first = ["cache_clear", "garbage_collect", *["reduce_buffer"] * 4]
@@ -497,12 +491,12 @@ def test_a_device_that_is_full_at_the_start_means_the_fallback_until_it_is_not(
     held = ballast.fill(bounded.allocate)
     pipeline = start()
     pipeline.feed(0, samples[:SECOND])
-    pipeline.drain(20.0)
+    pipeline.drain(60.0)
     told = _kinds(pipeline)
     ballast.free(held)
-    _until(lambda: pipeline.device() == "cpu:arena", "it goes to the device once there is memory")
+    until(lambda: pipeline.device() == "cpu:arena", "it goes to the device once there is memory")
     pipeline.feed(SECOND, samples[SECOND:])
-    pipeline.drain(20.0)
+    pipeline.drain(60.0)
     _same(pipeline.results(), expected(samples))
     assert told == ["oom_detected", "cpu_fallback"], f"told at the start: {told}"
 
@@ -518,12 +512,12 @@ def test_a_standby_is_there_before_it_is_needed_and_after_the_return(
     _, standby = _workers(pipeline)
     with bounded.arm(FaultPlan(Site.RUNTIME_CRASH, times=3)):
         pipeline.feed(0, samples[: 2 * SECOND])
-        pipeline.drain(30.0)
+        pipeline.drain(60.0)
     degraded = {result.device for result in pipeline.results()}
     there = standby in _workers(pipeline)
-    _until(lambda: pipeline.device() == "cpu:arena", "it returned to the device")
+    until(lambda: pipeline.device() == "cpu:arena", "it returned to the device")
     pipeline.feed(2 * SECOND, samples[2 * SECOND :])
-    pipeline.drain(20.0)
+    pipeline.drain(60.0)
     _same(pipeline.results(), expected(samples))
     assert degraded == {"cpu"} and there, f"answers on {degraded}, by the standby: {there}"
     assert standby in _workers(pipeline) and len(_workers(pipeline)) == 2, f"workers: {_workers(pipeline)}"
@@ -535,14 +529,14 @@ def test_an_idle_pipeline_gives_the_memory_of_its_workers_back_for_real(
     samples = audio(2.0)
     pipeline = start(unload_after_idle_s=0.2, pressure_interval_s=0.02)
     pipeline.feed(0, samples[:SECOND])
-    pipeline.drain(20.0)
-    _until(lambda: not psutil.Process().children(), "the worker's process is gone")
+    pipeline.drain(60.0)
+    until(lambda: not psutil.Process().children(), "the worker's process is gone")
     for _ in range(5):
         # Idle, it stays so.
         threading.Event().wait(0.05)
         assert pipeline.process_ids() == [os.getpid()], f"processes {pipeline.process_ids()}"
     pipeline.feed(SECOND, samples[SECOND:])
-    pipeline.drain(20.0)
+    pipeline.drain(60.0)
     _same(pipeline.results(), expected(samples))
     assert _where(pipeline) == {("cpu:arena", False)} and _kinds(pipeline) == [], f"told: {_kinds(pipeline)}"
     assert pipeline.metrics()["unloads"] >= 1, f"the counts are {dict(pipeline.metrics())}"
@@ -553,7 +547,7 @@ def test_an_embedder_can_have_one_process(start: Open, bounded: Cpu, audio: Audi
     pipeline = start(engine="in_process")
     with bounded.arm(FaultPlan(Site.DEVICE_CACHE)):
         pipeline.feed(0, samples)
-        pipeline.drain(20.0)
+        pipeline.drain(60.0)
     children = psutil.Process().children()
     assert pipeline.process_ids() == [os.getpid()] and not children, f"{pipeline.process_ids()}, {children}"
     _same(pipeline.results(), expected(samples))
@@ -575,16 +569,16 @@ def test_a_worker_that_does_not_answer_does_not_hold_up_the_shutdown(
     (worker,) = _workers(pipeline)
     with bounded.arm(FaultPlan(Site.RUNTIME_HANG)) as fault:
         pipeline.feed(0, samples)
-        _until(lambda: fault.record().faults_fired == 1, "the runtime hangs")
+        until(lambda: fault.record().faults_fired == 1, "the runtime hangs")
         began_s = time.monotonic()
         pipeline.shutdown("a test")
         took_s = time.monotonic() - began_s
         pipeline.close()
-    _until(lambda: not worker.is_running(), "the worker is gone")
+    until(lambda: not worker.is_running(), "the worker is gone")
     # It waits as long as the policy says, and then no longer.
     assert took_s < 20.0, f"a shutdown within 0.5 s took {took_s:.1f} s"
     with start() as after:
-        after.drain(20.0)
+        after.drain(60.0)
         _same(after.results(), expected(samples))
 
 

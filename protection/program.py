@@ -361,6 +361,8 @@ def run(options: Options) -> int:
             pipeline = opened.enter_context(_open_pipeline(options, policy, session))
         except (AudioError, PolicyError, SpoolError) as error:
             raise Refused(str(error)) from error
+        except MemoryError as error:
+            raise Refused("there was no memory to begin: nothing was recorded or answered") from error
         session.stop.listen(options.deadline_s + 2 * policy.shutdown_deadline_s + 2)
         session.work(pipeline, source)
     return session.end()

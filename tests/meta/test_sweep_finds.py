@@ -24,7 +24,7 @@ BROKEN = "tests/meta/broken_sweep.py"
 SAMPLE = "tests/test_fault_sweep.py::TestFaultSweep::test_fault_sweep_sample"
 #: Of each sweep, where a subject is sound.
 SAMPLED = 3
-HANG_S = 8.0
+HANG_S = 20.0
 
 SWALLOWS, LEAKS, LOSES = "gives_zeros_without_memory", "forgets_a_session", "acknowledges_what_was_not_written"
 DEFECTS = [

@@ -34,7 +34,7 @@ class GivenUp(Exception):
 
 
 def _patient(end: socket.socket, write: bool) -> None:
-    assert until(end, write, 15.0), f"not within 15 s: {'room to write' if write else 'something to read'}"
+    assert until(end, write, 60.0), f"not within 60 s: {'room to write' if write else 'something to read'}"
 
 
 def _impatient(end: socket.socket, write: bool) -> None:

@@ -352,7 +352,7 @@ def _prove_device_error(device: Backend, in_child: InChild) -> None:
 def _neighbour(device: Backend) -> Neighbour:
     """Hold memory in another process: all but 32 MiB of the card that the device is, or else 64 MiB of the host's."""
     kind, _, number = device.device.partition(":")
-    return DeviceBallast(int(number), 32 * MIB, 30.0) if kind == "cuda" else HostBallast(64 * MIB, 30.0)
+    return DeviceBallast(int(number), 32 * MIB, 300.0) if kind == "cuda" else HostBallast(64 * MIB, 300.0)
 
 
 def _prove_device_memory_of_others(device: Backend, in_child: InChild) -> None:

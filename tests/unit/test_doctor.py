@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
 import subprocess
 import sys
@@ -40,10 +41,15 @@ def test_it_runs_in_seconds_without_any_installed_package() -> None:
         "import sys; sys.path.insert(0, sys.argv[1]); from qualification import doctor; status = doctor.main(); "
         "sys.exit(0 if status in (0, 1) else 2)"
     )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-S", "-E", "-c", code, ROOT], capture_output=True, text=True, timeout=100, check=False
     )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stderr
+    # Of the processor's time: that of the clock depends on who else is at work.
+    took_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert took_s < 10.0, f"it took {took_s:.1f} s"
     for cell in doctor.cells():
         assert cell.backend.name in done.stdout
         assert f"{cell.needs.download_mb} MB once" in done.stdout

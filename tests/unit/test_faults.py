@@ -240,7 +240,7 @@ def test_host_ballast_leaves_the_machine_its_share() -> None:
 def test_host_ballast_dies_with_a_parent_that_is_killed() -> None:
     program = (
         "from backends.faults.ballast import HostBallast\n"
-        "held = HostBallast(32 << 20, 60.0)\n"
+        "held = HostBallast(32 << 20, 600.0)\n"
         "print(held.process_id, flush=True)\n"
         "input()\n"
     )

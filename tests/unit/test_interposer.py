@@ -600,7 +600,7 @@ def test_a_process_without_a_place_has_no_counts(control: Control) -> None:
         control.durability(os.getpid())
 
 
-def in_python(program: str, environment: Mapping[str, str], timeout_s: float = 60) -> str:
+def in_python(program: str, environment: Mapping[str, str], timeout_s: float = 100) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", textwrap.dedent(program)],
         env={**environment, "PYTHONPATH": str(ROOT)},
@@ -745,7 +745,7 @@ def test_the_call_site_names_the_library_and_the_function(tmp_path: Path) -> Non
     control = Control.create(tmp_path / "control", program)
     armed(control, plan())
     running = subprocess.Popen([program], env=control.environment({}))
-    assert running.wait(30) == 0
+    assert running.wait(100) == 0
     innermost, caller, *_ = control.call_site()
     assert re.fullmatch(r"libasks\.so\+0x[0-9a-f]+ asks_for_it", innermost)
     assert re.fullmatch(r"uses\+0x[0-9a-f]+.*", caller)

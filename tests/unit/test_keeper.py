@@ -193,7 +193,7 @@ def test_a_child_that_hangs_is_killed_and_the_call_fails(
     keeper: Keeper, handle: Cpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = keeper.load(DEFAULT_MODEL)
-    monkeypatch.setattr(backends._keeper, "_PATIENCE_S", 1.0)
+    monkeypatch.setattr(backends._keeper, "_PATIENCE_S", 5.0)
     with handle.arm(FaultPlan(Site.RUNTIME_HANG)) as fault:
         with pytest.raises(RuntimeFailure) as caught:
             model.run(_features(1))

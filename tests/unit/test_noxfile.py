@@ -430,7 +430,7 @@ def test_where_nothing_but_installing_is_asked_for_neither_runs(checkout: Path) 
 def test_ctrl_c_ends_both(checkout: Path, to_all: bool) -> None:
     command = [sys.executable, "-m", "nox", "--no-color", "-f", str(checkout / "noxfile.py")]
     process = subprocess.Popen(
-        [*command, *meeting(checkout, stays_s=90)],
+        [*command, *meeting(checkout, stays_s=600)],
         cwd=checkout,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

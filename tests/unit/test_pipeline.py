@@ -688,12 +688,13 @@ def test_a_pipeline_that_cannot_begin_leaves_the_folder_free_and_no_worker(
     monkeypatch.setattr(protection.pipeline, "Thread", CannotBegin)
     began_s = time.monotonic()
     with pytest.raises(MemoryError, match="a thread had no memory to begin"):
-        DictationPipeline(tmp_path / "a", WorkerEngine(bounded, DEFAULT_MODEL))
+        # Whoever waited for a thread that never began would wait for long.
+        DictationPipeline(tmp_path / "a", WorkerEngine(bounded, DEFAULT_MODEL), Policy(shutdown_deadline_s=100.0))
     took_s = time.monotonic() - began_s
     left = set(psutil.Process().children(recursive=True)) - before
     assert not left, f"processes left behind: {left}"
     until(lambda: set(threading.enumerate()) <= threads, "its threads end")
-    assert took_s < 10.0, f"it took {took_s:.1f} s to say so"
+    assert took_s < 20.0, f"it took {took_s:.1f} s to say so"
     monkeypatch.undo()
     with DictationPipeline(tmp_path / "a", InProcessEngine(bounded, DEFAULT_MODEL)) as pipeline:
         _feed(pipeline, audio(1.0))

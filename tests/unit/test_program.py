@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import resource
@@ -13,11 +14,12 @@ import stat
 import struct
 import subprocess
 import sys
+import termios
 import time
 import wave
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -99,7 +101,7 @@ class Program:
             self.stdout.close()
         status = self.process.wait(100)
         # The kernel ends a worker with its host, a moment later.
-        until(lambda: not self._processes(), f"its processes, {self._processes()}, end")
+        until(lambda: not self._processes(), "its processes end")
         files = sorted(path.name for path in self.temporary.iterdir())
         assert not files, f"temporary files were left behind: {files}"
         assert "Traceback" not in self.stderr, self.stderr
@@ -307,7 +309,9 @@ def test_another_file_on_the_same_spool_is_refused_and_changes_nothing(run: Run,
 def test_sigterm_answers_what_was_accepted_and_the_same_command_goes_on(start: Start, run: Run, tmp_path: Path) -> None:
     pcm = _speech(6.0)
     command = ("record", "--spool", tmp_path / "s", "--input", _write(tmp_path / "in.wav", pcm))
-    program = start(*command, "--realtime")
+    # However long it takes from the one to the other.
+    same = "import protection.program; protection.program._SAME_SIGNAL_S = 60"
+    program = start(*command, "--realtime", before=same)
     program.accepted(20_000)
     # As timeout(1) does: to the process, and to its group.
     program.process.terminate()
@@ -350,9 +354,10 @@ def test_a_signal_ends_a_recording_that_waits_for_audio(start: Start, tmp_path: 
 
 def test_what_cannot_be_answered_in_time_is_left_for_resume(start: Start, run: Run, tmp_path: Path) -> None:
     pcm = _speech(3.5)
-    program = start(
-        "record", "--deadline", 0.5, "--policy", "shutdown_deadline_s=0.5", "--spool", tmp_path / "s", "--input", "-"
-    )
+    command = ("record", "--spool", tmp_path / "s", "--input", "-")
+    # A worker that is stopped stays so.
+    patient = ("--policy", "infer_deadline_s=600", "--policy", "heartbeat_s=600")
+    program = start(*command, "--deadline", 0.5, "--policy", "shutdown_deadline_s=3", *patient)
     program.line()
     for worker in program.workers():
         os.kill(worker, signal.SIGSTOP)
@@ -366,13 +371,12 @@ def test_what_cannot_be_answered_in_time_is_left_for_resume(start: Start, run: R
     assert f"{len(pcm)} of {len(pcm)} samples are unanswered" in program.stderr, program.stderr
     assert f"python -m protection resume --spool {tmp_path / 's'}" in program.stderr, program.stderr
 
-    program = start(
-        "record", "--deadline", 600, "--spool", tmp_path / "s", "--input", "-", "--policy", "infer_deadline_s=600"
-    )
+    program = start(*command, "--deadline", 600, *patient)
     program.line()
     for worker in program.workers():
         os.kill(worker, signal.SIGSTOP)
     program.process.send_signal(signal.SIGINT)
+    until(lambda: "SIGINT: no more audio" in program.stderr, "it takes no more audio")
     time.sleep(0.5)
     assert program.process.poll() is None, "the first signal did not wait for the answers"
     program.process.send_signal(signal.SIGINT)
@@ -669,10 +673,30 @@ threading.Thread(target=starve, daemon=True).start()
 """
 
 
+def test_without_memory_for_a_block_nothing_is_taken(start: Start, tmp_path: Path) -> None:
+    limited = """
+import os, resource, protection.program
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 1_500_000, resource.RLIM_INFINITY))
+"""
+    command = ("record", "--spool", tmp_path / "s", "--input", "-", "--block-samples", 960_000)
+    program = start(*command, before=limited)
+    assert program.end() == 2, f"it ended with {program.process.returncode}: {program.stderr}"
+    assert "there was no memory to begin: nothing was recorded" in program.stderr, program.stderr
+    assert not program.lines and not (tmp_path / "s").exists(), f"it said {program.lines}"
+
+
+def _held_bytes(pipe: IO[bytes]) -> int:
+    """Say how much of what was written is not read yet."""
+    count = bytearray(4)
+    fcntl.ioctl(pipe.fileno(), termios.FIONREAD, count)
+    return int.from_bytes(count, sys.byteorder)
+
+
 def test_a_block_that_found_no_memory_is_fed_again(start: Start, tmp_path: Path) -> None:
     pcm = _speech(32.0)
     program = start(
-        *("record", "--spool", tmp_path / "s", "--input", "-", "--block-samples", 960_000),
+        *("record", "--spool", tmp_path / "s", "--input", "-", "--block-samples", 960_000, "--deadline", 100),
         before=_SHORT_OF_MEMORY.format(folder=str(tmp_path)),
     )
     program.line()
@@ -681,6 +705,7 @@ def test_a_block_that_found_no_memory_is_fed_again(start: Start, tmp_path: Path)
     # More than the pipe held before: it was read, and so is in the program's hands alone.
     program.stdin.write(pcm.tobytes())
     program.stdin.flush()
+    until(lambda: not _held_bytes(program.stdin), "the pipe is empty")
     time.sleep(0.5)
     with SpoolView(tmp_path / "s") as view:
         assert view.accepted == 0, f"{view.accepted} samples found memory: nothing was short"

@@ -218,7 +218,7 @@ def test_bad_arguments_are_refused(
 
 
 def test_a_run_too_short_for_a_verdict_on_leaks_is_inconclusive(run: Any, temporary: Path) -> None:
-    done = run("--duration", "0.0015")
+    done = run("--duration", "0.003")
     assert done.status == stress.EXIT_INCONCLUSIVE, done.output
     assert "INCONCLUSIVE: " in done.output
     leaks = {"leak_detected", "growth_rate", "total_growth"}
@@ -233,7 +233,7 @@ def test_a_run_too_short_for_a_verdict_on_leaks_is_inconclusive(run: Any, tempor
 
 
 def test_a_long_enough_run_of_a_healthy_subject_is_green(run: Any, planted: Any) -> None:
-    done = run("--duration", "0.0015", *planted("Healthy"), command=DENSE)
+    done = run("--duration", "0.003", *planted("Healthy"), command=DENSE)
     assert done.status == stress.EXIT_GOOD, done.output
     assert set(done.verdicts.values()) == {"pass"}
     (leak,) = [each for each in done.record.criteria if each["criterion"] == "leak_detected"]
@@ -263,7 +263,7 @@ def test_a_planted_defect_fails_its_criterion(
 
 
 def test_a_planted_leak_is_found(run: Any, planted: Any) -> None:
-    done = run("--duration", "0.0015", *planted("Leaking"), command=DENSE)
+    done = run("--duration", "0.003", *planted("Leaking"), command=DENSE)
     assert done.status == stress.EXIT_FAILED, done.output
     assert "leak_detected" in done.failed()
 

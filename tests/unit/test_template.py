@@ -40,7 +40,7 @@ from tests.unit.waiting import until
 
 MIB = 1 << 20
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(600)
 
 #: What a worker says of itself before it serves, on its standard output.
 PROBE = """
@@ -301,7 +301,7 @@ def test_how_a_worker_ended_is_told_to_every_thread_that_asks(
         with pytest.raises(subprocess.TimeoutExpired):
             worker.process.wait(0.05)
         with ThreadPoolExecutor(8) as threads:
-            asking = [threads.submit(worker.process.wait, 20.0) for _ in range(8)]
+            asking = [threads.submit(worker.process.wait, 60.0) for _ in range(8)]
             os.kill(worker.process.pid, number)
             found = {each.result() for each in asking}
         assert found == {-number} and worker.process.poll() == -number, f"after {number!r} it is {found}"
@@ -332,7 +332,7 @@ def test_threads_that_launch_at_once_each_get_their_own(preload: Preload) -> Non
         ended = [threads.submit(each.close) for each in workers[::2]]
         more = list(threads.map(lambda _: Launched(probe), range(8)))
         for end in ended:
-            end.result(30.0)
+            end.result(60.0)
     kept = [*workers[1::2], *more]
     alive = [each.process.poll() for each in kept]
     ids = {each.process.pid for each in kept}
@@ -409,7 +409,7 @@ def test_a_template_without_descriptors_goes_on(preload: Preload, launch: Callab
 def test_a_stopped_template_costs_a_recovery_a_moment_and_no_other_worker(
     start: Callable[..., WorkerEngine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(protection.template, "_ANSWER_S", 0.5)
+    monkeypatch.setattr(protection.template, "_ANSWER_S", 2.0)
     engine = start(standby=True)
     expected = engine.infer(_features())
     device, standby = engine._device, engine._fallback
@@ -443,12 +443,13 @@ def test_a_stopped_template_costs_a_recovery_a_moment_and_no_other_worker(
 def test_what_a_template_says_too_late_leaves_nothing(
     preload: Preload, launch: Callable[..., Launched], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(protection.template, "_ANSWER_S", 0.3)
     probe = preload()
     first = launch(probe)
     template = _template(first)
     stopped = _stop(template)
-    second = launch(probe)
+    with monkeypatch.context() as patched:
+        patched.setattr(protection.template, "_ANSWER_S", 0.3)
+        second = launch(probe)
     assert second.template is None, "a stopped template forked"
     assert "gave no answer within 0.3 s" in caplog.text, f"logged: {caplog.text}"
     stopped.resume()
@@ -500,6 +501,7 @@ def test_a_template_without_workers_ends_and_leaves_nothing(preload: Preload, mo
         workers = [Launched(probe) for _ in range(5)]
         process = psutil.Process(_template(workers[0]).process_id)
         ids.add(process.pid)
+        assert "0.4" in process.cmdline(), f"it stays for longer than 0.4 s: {process.cmdline()}"
         for each in workers[1:]:
             each.close()
         # One is enough for it to stay.
@@ -528,6 +530,7 @@ import json, os, signal, sys, threading, time
 import numpy as np
 from backends.cpu import Cpu
 from backends.model import DEFAULT_MODEL
+import protection.template
 from protection.template import template_for
 from protection.worker_engine import WorkerEngine
 
@@ -603,6 +606,8 @@ def test_a_host_ends_without_a_word_and_without_waiting(
     host: Callable[[str], subprocess.Popen[str]], close: str
 ) -> None:
     parent = host(f"""
+# Whoever waited for a template that stays would wait for long.
+protection.template._LINGER_S = 300.0
 engine = WorkerEngine(Cpu(), DEFAULT_MODEL)
 engine.infer(features)
 say(*engine.process_ids())

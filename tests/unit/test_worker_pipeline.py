@@ -31,7 +31,7 @@ from tests.meta import broken_workers
 from tests.unit.waiting import until
 
 SECOND = 16_000
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(600)
 Samples = npt.NDArray[np.float32]
 Audio = Callable[[float], Samples]
 
@@ -146,7 +146,7 @@ def test_a_worker_that_dies_idle_is_replaced_when_there_is_work(start: Open, aud
 
 def test_a_runtime_that_hangs_is_replaced(start: Open, bounded: Cpu, audio: Audio, expected: Expected) -> None:
     samples = audio(4.0)
-    pipeline = start(infer_deadline_s=2.0)
+    pipeline = start(infer_deadline_s=4.0)
     with bounded.arm(FaultPlan(Site.RUNTIME_HANG)) as fault:
         pipeline.feed(0, samples)
         pipeline.drain(60.0)
@@ -154,7 +154,7 @@ def test_a_runtime_that_hangs_is_replaced(start: Open, bounded: Cpu, audio: Audi
     _same(pipeline.results(), expected(samples))
     assert record.faults_fired == 1, f"the record is {record}"
     assert _kinds(pipeline) == ["worker_lost", "restart_worker", "recovered"], f"told: {_kinds(pipeline)}"
-    assert "hung: no answer within 2 s" in pipeline.events()[0].message, f"{pipeline.events()[0].message!r}"
+    assert "hung: no answer within 4 s" in pipeline.events()[0].message, f"{pipeline.events()[0].message!r}"
     assert pipeline.metrics()["workers_lost_hung"] == 1, f"the counts are {dict(pipeline.metrics())}"
 
 
@@ -175,7 +175,7 @@ def test_a_broken_worker_is_replaced_and_recorded(
 ) -> None:
     monkeypatch.setattr(protection.worker_process, "boot", broken_workers.boot(name))
     samples = audio(4.0)
-    pipeline = start(infer_deadline_s=2.0, heartbeat_s=1.0)
+    pipeline = start(infer_deadline_s=4.0, heartbeat_s=3.0)
     for stop in (2 * SECOND, 4 * SECOND):
         pipeline.feed(stop - 2 * SECOND, samples[stop - 2 * SECOND : stop])
         pipeline.drain(60.0)
@@ -213,7 +213,7 @@ def test_a_device_that_is_lost_to_a_worker_by_a_suspend_costs_the_worker_and_not
     assert not _kinds(pipeline), f"told before the sleep: {_kinds(pipeline)}"
     for worker in workers:
         worker.suspend()
-    time.sleep(1.0)
+    time.sleep(broken_workers.SLEEP_S + 1.0)
     for worker in workers:
         worker.resume()
     pipeline.feed(2 * SECOND, samples[2 * SECOND :])

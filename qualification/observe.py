@@ -1,4 +1,4 @@
-"""What the tests look at in a subject, through its protocol alone."""
+"""What the tests look at in a subject: through its protocol, and in its processes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qualification.sampling import Sample, take
 from qualification.stream import equivalent
 from qualification.subject import STRATEGIES, Event, Subject
 
@@ -62,6 +63,24 @@ def quiesce(subject: Subject, timeout_s: float = 60.0) -> None:
         own()
     else:
         subject.drain(timeout_s)
+
+
+def left_behind(subject: Subject, before: Sample, within_s: float = 2.0) -> dict[str, int]:
+    """Count the descriptors, threads and processes of a subject at rest that it did not have before.
+
+    What ends takes a moment to be gone, and what reads memory has a file open for one: it is looked again until nothing
+    is left, for up to ``within_s``. What leaks stays.
+    """
+    left: dict[str, int] = {}
+
+    def nothing() -> bool:
+        now = take(subject.process_ids())
+        for name in ("descriptors", "threads", "children"):
+            left[name] = max(0, getattr(now, name) - getattr(before, name))
+        return not any(left.values())
+
+    wait_until(nothing, within_s)
+    return left
 
 
 def same_output(subject: Subject) -> Callable[[Any, Any], bool]:

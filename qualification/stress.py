@@ -36,7 +36,7 @@ from qualification import leaks
 from qualification.criteria import Criterion
 from qualification.host import MB
 from qualification.judge import Judge
-from qualification.observe import counts, quiesce
+from qualification.observe import counts, left_behind, quiesce
 from qualification.platform_check import MINIMUM_FREE_DISK_BYTES, disk_refusal, gib
 from qualification.progress import Progress
 from qualification.records import RecordError
@@ -347,6 +347,7 @@ class Recording:
         self._spoken = self._accepted = 0
         self._toggles = self._toggles_failed = self._pressure_lost = 0
         self._first: Sample | None = None
+        self._left: dict[str, int] | None = None
         self._crash = self._ended_by = ""
         self._results: Sequence[Result] = ()
         self._told: Counter[str] = Counter()
@@ -361,12 +362,13 @@ class Recording:
             stack.callback(self._end, subject)
             self._process_ids = subject.process_ids
             self._speak(subject, WARM_UP_SAMPLES)
-            self._sample(subject)
+            first = self._first = self._sample(subject)
             ending.in_order = True
             self._record(subject, ending)
             self._ended_by = ending.asked
             subject.drain(DRAIN_S)
             self._sample(subject)
+            self._left = left_behind(subject, first)
 
     def _record(self, subject: Subject, ending: Ending) -> None:
         began_s = next_block_s = time.monotonic()
@@ -406,15 +408,15 @@ class Recording:
         time.sleep(min(PAUSE_S, self._toggle_interval_s / 10))
         self._toggles_failed += records or not subject.toggle()
 
-    def _sample(self, subject: Subject) -> None:
+    def _sample(self, subject: Subject) -> Sample:
         """Read everything with the subject at rest."""
         quiesce(subject)
         sample = self._sampler.sample(self._backend.memory().used_bytes)
-        self._first = self._first or sample
         self._pressure_lost += not _alive(self._neighbour_id)
         t_s, used = self._sampler.series("rss_bytes")
         if len(t_s) >= leaks.SAMPLES_MIN:
             self._slope_bytes_per_s = leaks.judge(t_s, used).slope_bytes_per_s
+        return sample
 
     @property
     def _sample_every_s(self) -> float:
@@ -464,7 +466,8 @@ class Recording:
             missing.append(f"no toggle was due in {self._elapsed_s:.0f} s")
         if self._first is not None and self._sampler.last is not self._first:
             judge("pressure_lost", self._pressure_lost)
-            judge("resources_left", sum(self._left().values()))
+        if self._left is not None:
+            judge("resources_left", sum(self._left.values()))
         verdicts = self._leak_verdicts()
         if not verdicts:
             missing.append(
@@ -491,7 +494,7 @@ class Recording:
             f"{self._accepted} accepted, {gaps} gaps, {overlaps} overlaps",
             f"  toggles    {self._toggles}, {self._toggles_failed} failed",
             "  events     " + (", ".join(f"{_known(kind)} {n}" for kind, n in self._told.items()) or "none"),
-            "  left       " + ", ".join(f"{count} {name}" for name, count in self._left().items()),
+            "  left       " + (", ".join(f"{n} {name}" for name, n in (self._left or {}).items()) or "not known"),
         ]
         verdicts = self._leak_verdicts()
         for name in self._sampler.memory_series if self._first else ():
@@ -505,15 +508,6 @@ class Recording:
             # One line, and no control characters: the text may be a subject's.
             lines.append("  crash      " + "".join(c if c.isprintable() else " " for c in self._crash))
         return lines
-
-    def _left(self) -> dict[str, int]:
-        """Count what the last sample has more of than the first."""
-        if self._first is None:
-            return dict.fromkeys(("descriptors", "threads", "children"), 0)
-        first, last = self._first, self._sampler.last
-        return {
-            name: max(0, getattr(last, name) - getattr(first, name)) for name in ("descriptors", "threads", "children")
-        }
 
     def _leak_verdicts(self) -> dict[str, leaks.LeakVerdict]:
         """Judge each series; none before there is enough to judge by."""

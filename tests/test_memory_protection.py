@@ -34,7 +34,7 @@ from backends.errors import classify
 from qualification import leaks
 from qualification.host import MB, Hosted
 from qualification.judge import Judge
-from qualification.observe import counts, quiesce, recovered, same_output, wait_for_event, wait_until
+from qualification.observe import counts, left_behind, quiesce, recovered, same_output, wait_for_event, wait_until
 from qualification.progress import Progress
 from qualification.sampling import Sample, Sampler, take
 from qualification.stream import Stream, unanswered, untiled, wrong
@@ -388,17 +388,7 @@ class TestGPUFallback:
         quiesce(subject)
         after = take(subject.process_ids())
 
-        left: dict[str, int] = {}
-
-        def nothing_left() -> bool:
-            now = take(subject.process_ids())
-            for name in ("descriptors", "threads", "children"):
-                left[name] = max(0, getattr(now, name) - getattr(before, name))
-            return not any(left.values())
-
-        # What ends takes a moment to be gone, and what reads memory has a file open for one. What leaks stays.
-        wait_until(nothing_left, 2)
-
+        left = left_behind(subject, before)
         record = FaultRecord(seen, fired, 0, last.provenance, f"{cycles} faults; {last.detail}")
         judge("toggles_failed", 2 * cycles - toggled)
         judge("transitions_missing", cycles - moved, fault=record)

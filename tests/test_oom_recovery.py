@@ -633,7 +633,9 @@ class TestProcessSurvival:
                     # One death is enough: the next could be another's.
                     while cgroup.oom_kills() == before and time.monotonic() < killed_s + 10:
                         time.sleep(0.001)
-                cgroup.limit(1 << 40)
+                    # While the neighbour is still there: with both gone, and what they held counted a little longer,
+                    # the only one left to kill would be the host.
+                    cgroup.limit(1 << 40)
                 # Dying takes a moment.
                 gone = wait_until(lambda workers=workers: not set(workers) <= set(host.workers()), 5)  # type: ignore[misc]
                 died += cgroup.oom_kills() > before and gone

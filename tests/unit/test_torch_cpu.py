@@ -282,7 +282,8 @@ def test_the_next_smaller_batch_runs_where_a_larger_does_not(handle: TorchCpu) -
     expected = {batch: model.run(_features(batch)) for batch in (16, 8, 4, 2, 1)}
     for _ in range(3):
         for fits in (8, 4, 2, 1):
-            free_bytes = model.working_set_bytes(fits) + MIB
+            # Less than what the next larger takes. Beside its tensors torch takes up to a MiB, now more and now less.
+            free_bytes = model.working_set_bytes(fits) * 3 // 2
             with handle.arm(FaultPlan(Site.DEVICE_MEMORY, times=None, min_bytes=free_bytes)) as fault:
                 assert _is_its_cap(_failure(lambda: model.run(_features(16)))), "a batch of 16 is not refused"
                 scores = model.run(_features(fits))

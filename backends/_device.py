@@ -564,6 +564,9 @@ class DeviceBackend(Backend):
             if not fault.live:
                 # Disarmed since it struck: nobody would give back what is taken now.
                 return False
+            if site is Site.DEVICE_GARBAGE:
+                # An earlier point's goes first: it would be collected while this one's grows old, and leave room.
+                gc.collect()
             self._release_here()
             if site is Site.DEVICE_MEMORY:
                 # Anew at each point: what was given back meanwhile is the others' too.
@@ -571,10 +574,6 @@ class DeviceBackend(Backend):
                 self._fault_ballast[fault.number] = self._fill(held, fault.plan.min_bytes)
                 self._release_here()
                 return True
-            if site is Site.DEVICE_GARBAGE:
-                # An earlier point's goes first: it would be collected while this one's grows old, and leave room.
-                gc.collect()
-                self._release_here()
             pieces = ballast.fill(self._allocate_here, (CACHE_PIECE_BYTES,))
             if site is Site.DEVICE_CACHE:
                 # Free again, and kept by the arena in regions of that size: nothing larger fits until it is released.

@@ -535,15 +535,19 @@ class TestProcessSurvival:
         - Every answer right
         - Results tile what was accepted
         """
-        host = hosted("suspended", until_told=True, block_samples=SECOND // 10, pause_s=PAUSE_S)
+        # Long blocks: few of them are enough to work on, however slow the disk is.
+        host = hosted("suspended", until_told=True, block_samples=SECOND // 2, pause_s=5 * PAUSE_S)
         host.wait_for("ready", 60)
-        host.read(0.3)
+        host.order("watch")
+        host.wait_for("first_answer_s", 60)
         workers = host.workers()
         if not workers:
             pytest.skip("not run: the subject runs the model in its own process")
-        # The worker first: while audio still comes in, it is asked for an answer that it does not give.
+        # The worker first: while audio still comes in, it is asked for an answer that it does not give. Not for as
+        # long as a sign of life is waited for: awake, the host would be right to replace it.
         with suspended(workers):
-            host.read(0.5)
+            enough = host.all("accepted")[-1] + ASKED_SAMPLES
+            wait_until(lambda: host.read(0.05) and host.all("accepted")[-1] >= enough, 2)
             with suspended([psutil.Process(host.process.pid)]) as asleep:
                 # Longer than any sign of life is waited for.
                 time.sleep(SLEEP_S)
@@ -551,7 +555,7 @@ class TestProcessSurvival:
             # The host is awake first, as it may be: whether its patience is over shows now.
             host.read(0.5)
         host.order("watch")
-        host.wait_for("first_answer_s", 60)
+        host.wait_for("first_answer_s", 60, 2)
         replaced = sum(worker not in host.workers() for worker in workers)
         # And now alone: another one takes its place.
         workers = host.workers()
@@ -741,6 +745,8 @@ class TestProcessSurvival:
 
 #: Longer than the default pipeline waits for a sign of life from a worker at work.
 SLEEP_S = 6.0
+#: So much audio that is not answered has the worker asked: longer than the chunks of most subjects.
+ASKED_SAMPLES = 4 * SECOND
 #: Free in the cgroup before the neighbour comes.
 OOM_HEADROOM_BYTES = 48 * MB
 #: The most that the neighbour takes, where nothing is killed.

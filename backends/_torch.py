@@ -209,6 +209,8 @@ class TorchBackend(DeviceBackend):
         if not path.is_file():
             raise ModelError(f"there is no model file {path}: expected the project's ONNX file, or FILE.pt2")
         quiet_torch()
+        # Compiled without memory, a source file may be anything: "invalid syntax" is one of the errors.
+        importlib.import_module("backends._torch_model")
 
     def _load(self, path: Path) -> Model:
         from backends._torch_model import build, load_exported

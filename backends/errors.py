@@ -143,6 +143,10 @@ _IMPOSSIBLE = re.compile(
     r"(?:requested buffer of size|you tried to allocate) \d{16,}\b|Tried to allocate more than 1EB memory"
 )
 
+#: What CPython says where its compiler could not even begin for want of memory. Of other functions the words say only
+#: that they have a defect.
+_COMPILER_OOM = re.compile(r"<built-in function (?:compile|exec|eval)> returned NULL without setting an exception")
+
 _TORCH_OOM = re.compile(r"\w+ out of memory\. Tried to allocate ")
 _SIZE = r"([\d.]+) (bytes|KiB|MiB|GiB)"
 _TORCH_SIZES = re.compile(rf"Tried to allocate {_SIZE}\b.* {_SIZE} (?:is )?free\b")
@@ -241,6 +245,8 @@ def _diagnose_one(error: BaseException) -> Diagnosis:
             return found
         if any(base.__name__ == "OutOfMemoryError" for base in theirs):
             return Diagnosis(ErrorKind.DEVICE_OOM)
+    if type(error) is SystemError and _COMPILER_OOM.match(str(error)):
+        return Diagnosis(ErrorKind.HOST_OOM)
     # Python's own has no text; numpy's and ONNX Runtime's loader's (`std::bad_alloc`) derive from it.
     return Diagnosis(ErrorKind.HOST_OOM) if isinstance(error, MemoryError) else _OTHER
 

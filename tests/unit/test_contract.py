@@ -302,15 +302,15 @@ from backends.errors import classify
 from backends.model import DEFAULT_MODEL
 device = backends.create({device.name!r})()
 fault = device.arm(FaultPlan(Site.HOST_MEMORY, min_bytes=1 << 20))
-kind = "none"
+kind, text = "none", ""
 try:
     device.load(DEFAULT_MODEL)
 except Exception as error:
-    kind = classify(error).value
-print(json.dumps([kind, fault.record().to_json()]))
+    kind, text = classify(error).value, repr(error)
+print(json.dumps([kind, text, fault.record().to_json()]))
 """)
-    kind, record = found[0], FaultRecord.from_json(found[1])
-    assert kind == ErrorKind.HOST_OOM.value, f"a load without host memory is {kind}"
+    kind, text, record = found[0], found[1], FaultRecord.from_json(found[2])
+    assert kind == ErrorKind.HOST_OOM.value, f"a load without host memory is {kind}: {text}"
     assert record.faults_fired == 1 and record.provenance is Provenance.CAPPED, f"the record is {record}"
 
 

@@ -20,7 +20,8 @@ from backends._onnxruntime import quiet_options
 from backends.contract import ModelError
 from backends.cpu import Cpu
 from backends.errors import Diagnosis, ErrorKind, RuntimeFailure, Shortage, classify, diagnose, note
-from backends.faults import ballast
+from backends.faults import ballast, interposer
+from backends.faults.interposer import Control
 from backends.model import BLOCK_MODEL, DEFAULT_MODEL
 
 MIB = 1 << 20
@@ -137,6 +138,44 @@ def test_the_host_refuses(host_shapes: dict[str, list[str]], name: str, types: s
 
 def test_pythons_own_has_no_text(host_shapes: dict[str, list[str]]) -> None:
     assert host_shapes["bytearray"][2] == "", f"the text is {host_shapes['bytearray'][2]!r}"
+
+
+def test_without_memory_python_compiles_nothing_and_it_is_the_hosts(
+    in_child: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (refused := interposer.refusal()) is not None:
+        pytest.skip(f"not run: {refused}")
+    for name, value in Control.create(tmp_path / "control").environment(os.environ).items():
+        monkeypatch.setenv(name, value)
+    found = in_child("""
+import json, os
+from backends.contract import FaultPlan, Site
+from backends.errors import classify
+from backends.faults.interposer import Control
+
+control, found, nth = Control.attached(), [], 0
+while not found or found[-1] is not None:
+    nth += 1
+    control.prepare(FaultPlan(Site.HOST_ALLOCATION, nth=nth, times=None, min_bytes=512, process=str(os.getpid())))
+    control.begin()
+    try:
+        compile("x = 1", "x", "exec")
+    except Exception as error:
+        control.end()
+        found.append([repr(error), classify(error).value])
+    else:
+        control.end()
+        found.append(None)
+print(json.dumps(found[:-1]))
+""")
+    assert len(found) >= 3, f"only {len(found)} requests of a compilation were refused: nothing is shown"
+    others = {text: kind for text, kind in found if kind != ErrorKind.HOST_OOM.value}
+    assert not others, f"of {len(found)} errors of a compilation without memory these are something else: {others}"
+
+
+def test_the_same_words_of_another_function_are_its_defect() -> None:
+    kind = classify(SystemError("<built-in function matmul> returned NULL without setting an exception"))
+    assert kind is ErrorKind.OTHER, f"an extension's defect is {kind}"
 
 
 def test_the_system_says_enomem() -> None:

@@ -72,6 +72,10 @@ def preload() -> None:
     """Import all that a model needs; run none, and touch no device."""
     have_one_heap()
     preload_shared()
+    _import_all()
+
+
+def _import_all() -> None:
     quiet_torch()
     importlib.import_module("backends._torch_model")
 
@@ -208,9 +212,8 @@ class TorchBackend(DeviceBackend):
     def _prepare(self, path: Path) -> None:
         if not path.is_file():
             raise ModelError(f"there is no model file {path}: expected the project's ONNX file, or FILE.pt2")
-        quiet_torch()
         # Compiled without memory, a source file may be anything: "invalid syntax" is one of the errors.
-        importlib.import_module("backends._torch_model")
+        _import_all()
 
     def _load(self, path: Path) -> Model:
         from backends._torch_model import build, load_exported

@@ -61,8 +61,8 @@ class RuntimeFailure(Exception):
 _OTHER = Diagnosis(ErrorKind.OTHER)
 _NOTED = "_plimsoll_diagnosis"
 
-#: Errors of these are read, and plain RuntimeErrors. The same words in a ValueError are somebody's message about
-#: something else.
+#: Errors of these are read, plain RuntimeErrors, and one SystemError. The same words in a ValueError are somebody's
+#: message about something else.
 _RUNTIMES = {"cupy", "cupy_backends", "jax", "jaxlib", "onnxruntime", "pynvml", "tensorflow", "torch"}
 
 #: What the CUDA error strings say; ``cudaError_t`` in the CUDA runtime API's documentation unless another reason is

@@ -173,9 +173,13 @@ print(json.dumps(found[:-1]))
     assert not others, f"of {len(found)} errors of a compilation without memory these are something else: {others}"
 
 
-def test_the_same_words_of_another_function_are_its_defect() -> None:
-    kind = classify(SystemError("<built-in function matmul> returned NULL without setting an exception"))
-    assert kind is ErrorKind.OTHER, f"an extension's defect is {kind}"
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [*((name, ErrorKind.HOST_OOM) for name in ("compile", "exec", "eval")), ("matmul", ErrorKind.OTHER)],
+)
+def test_of_a_null_without_an_exception_only_the_compilers_is_the_hosts(name: str, expected: ErrorKind) -> None:
+    kind = classify(SystemError(f"<built-in function {name}> returned NULL without setting an exception"))
+    assert kind is expected, f"that of {name} is {kind}, expected {expected}"
 
 
 def test_the_system_says_enomem() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,6 +17,8 @@ import numpy.typing as npt
 import pytest
 
 from backends.cpu import Cpu
+from backends.faults import interposer
+from backends.faults.interposer import Control
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_BYTES = 96 << 20
@@ -68,6 +71,17 @@ def in_child() -> Callable[[str], Any]:
         return json.loads(done.stdout.splitlines()[-1])
 
     return run
+
+
+@pytest.fixture
+def interposed(in_child: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    """Give a runner of a program whose requests for memory can be refused; one that hangs is ended."""
+    if (refused := interposer.refusal()) is not None:
+        pytest.skip(f"not run: {refused}")
+    control = Control.create(tmp_path / "control")
+    for name, value in control.environment(os.environ).items():
+        monkeypatch.setenv(name, value)
+    return in_child
 
 
 def pytest_collection_finish() -> None:

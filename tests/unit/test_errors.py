@@ -20,8 +20,7 @@ from backends._onnxruntime import quiet_options
 from backends.contract import ModelError
 from backends.cpu import Cpu
 from backends.errors import Diagnosis, ErrorKind, RuntimeFailure, Shortage, classify, diagnose, note
-from backends.faults import ballast, interposer
-from backends.faults.interposer import Control
+from backends.faults import ballast
 from backends.model import BLOCK_MODEL, DEFAULT_MODEL
 
 MIB = 1 << 20
@@ -140,14 +139,8 @@ def test_pythons_own_has_no_text(host_shapes: dict[str, list[str]]) -> None:
     assert host_shapes["bytearray"][2] == "", f"the text is {host_shapes['bytearray'][2]!r}"
 
 
-def test_without_memory_python_compiles_nothing_and_it_is_the_hosts(
-    in_child: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if (refused := interposer.refusal()) is not None:
-        pytest.skip(f"not run: {refused}")
-    for name, value in Control.create(tmp_path / "control").environment(os.environ).items():
-        monkeypatch.setenv(name, value)
-    found = in_child("""
+def test_without_memory_python_compiles_nothing_and_it_is_the_hosts(interposed: Callable[[str], Any]) -> None:
+    found = interposed("""
 import json, os
 from backends.contract import FaultPlan, Site
 from backends.errors import classify

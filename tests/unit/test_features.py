@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from backends.faults import interposer
-from backends.faults.interposer import Control
 from protection.features import log_mel
 
 FFT = 512
@@ -141,15 +137,11 @@ print(json.dumps(found))
 
 @pytest.mark.parametrize("is_first", [True, False], ids=["the first time", "later"])
 def test_without_memory_features_are_right_or_an_error_and_never_the_end_of_the_process(
-    in_child: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_first: bool
+    interposed: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, is_first: bool
 ) -> None:
-    if (refused := interposer.refusal()) is not None:
-        pytest.skip(f"not run: {refused}")
-    for name, value in Control.create(tmp_path / "control").environment(os.environ).items():
-        monkeypatch.setenv(name, value)
     # A process of one thread may be forked.
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
-    found = in_child(SWEEP.replace("IS_FIRST", str(is_first)))
+    found = interposed(SWEEP.replace("IS_FIRST", str(is_first)))
     ends = [[times, status] for times, _, fired, status in found if not fired]
     assert ends == [[1, 0], [None, 0]], f"alone, and with all that follow, until nothing is refused: {ends}"
     raised = [each for each in found if each[3] == 1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -13,25 +12,12 @@ from typing import Any
 
 import pytest
 
-from backends.faults import interposer
-from backends.faults.interposer import Control
 from backends.threads import OneThread, Thread
 from tests.unit.waiting import WITHIN_S, until
 
 InChild = Callable[[str], Any]
 #: Well below the patience of backends.threads with a thread that is gone: what takes longer has waited that out.
 SLOW_S = 10.0
-
-
-@pytest.fixture
-def interposed(in_child: InChild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> InChild:
-    """Give a runner of a program whose requests for memory can be refused; one that hangs is ended."""
-    if (refused := interposer.refusal()) is not None:
-        pytest.skip(f"not run: {refused}")
-    control = Control.create(tmp_path / "control")
-    for name, value in control.environment(os.environ).items():
-        monkeypatch.setenv(name, value)
-    return in_child
 
 
 @pytest.fixture

@@ -41,6 +41,20 @@ def available_bytes() -> int:
     return machine if cgroup is None else min(machine, max(0, cgroup[1] - cgroup[0]))
 
 
+def heap_used_bytes() -> int | None:
+    """Read what this process has taken from the C library's heap and not freed; None where that cannot be read (glibc).
+
+    An exact counter. It does not see what is mapped past the C library: Python's arenas for small objects, say.
+    """
+    import psutil
+
+    read = getattr(psutil, "heap_info", None)
+    if read is None:
+        return None
+    heap = read()
+    return int(heap.heap_used + heap.mmap_used)
+
+
 def spendable_bytes() -> int:
     """Say how much may be used up on purpose: all that is available but 1 GiB, or 10 % of it where that is more."""
     available = available_bytes()

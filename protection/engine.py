@@ -64,6 +64,9 @@ class Engine(Protocol):
     def collect(self) -> int:
         """Collect unreachable objects wherever they may hold memory; give their number."""
 
+    def workers_heap_bytes(self) -> int:
+        """Read what other processes than this one have taken from their heaps and not freed."""
+
     def restart(self) -> None:
         """Replace the place where inference happens."""
 
@@ -145,6 +148,10 @@ class InProcessEngine:
     def collect(self) -> int:
         """Collect unreachable objects in this process, and where the device is."""
         return (self._fallback or self._backend).collect()
+
+    def workers_heap_bytes(self) -> int:
+        """Give 0: there is no other process."""
+        return 0
 
     def restart(self) -> None:
         """Not possible here."""

@@ -314,6 +314,10 @@ class DictationPipeline:
             # A worker that is gone or stopped keeps nothing that could be waited for.
             self._engine.release_cached()
 
+    def workers_heap_bytes(self) -> int:
+        """Read what the workers have taken from their heaps and not freed: the exact counter beside their memory."""
+        return self._engine.workers_heap_bytes()
+
     def recovered(self) -> FloatArray:
         """Give the audio that a user could get back by hand: float32 from the first sample still kept."""
         return self._spool.read(self._spool.kept_from, self._spool.accepted)

@@ -211,6 +211,10 @@ class _Worker:
                 return {"released": backend.release_cached()}, b""
             case "collect":
                 return {"found": gc.collect()}, b""
+            case "heap":
+                from backends.host import heap_used_bytes
+
+                return {"used_bytes": heap_used_bytes() or 0}, b""
             case "healthy":
                 return asdict(backend.healthy()), b""
             case other:

@@ -336,6 +336,14 @@ class WorkerEngine:
                 found += int(worker.side("collect", _BLOCKING_SIDE_S)[1]["found"])
         return found
 
+    def workers_heap_bytes(self) -> int:
+        """Ask every worker what it has taken from its heap. Raises OSError for one that does not answer."""
+        return sum(
+            int(worker.side("heap", _BLOCKING_SIDE_S)[1]["used_bytes"])
+            for worker in (self._device, self._fallback)
+            if worker is not None and worker.alive
+        )
+
     def restart(self) -> None:
         """Replace the worker that is in use. Raises WorkerLost, or what its start raises."""
         if self._degraded:

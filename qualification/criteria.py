@@ -122,6 +122,7 @@ CRITERIA: tuple[Criterion, ...] = tuple(
         "test_memory_allocation_stress",
         ("allocations_failed", "==", 0, "allocations", "All allocations complete"),
         ("baseline_excess", "<=", 16.0, "MB", "Memory returns to baseline (within 16 MB)"),
+        ("growth_per_cycle", "<", 4.0, "kB", "Memory growth < 4 KB per cycle"),
         ("fragmentation", "<=", 5.0, "%", "No fragmentation (largest block at most 5% smaller than at the start)"),
     )
     + _for(
@@ -146,6 +147,7 @@ CRITERIA: tuple[Criterion, ...] = tuple(
         ("transitions_missing", "==", 0, "cycles", "Every cycle goes to the CPU and back"),
         ("answers_wrong", "==", 0, "answers", "Every answer right"),
         ("memory_excess", "<=", 16.0, "MB", "Memory cleaned between toggles (within 16 MB)"),
+        ("leak_detected", "==", 0, "leaks", "No leak detected from cycle to cycle"),
         ("resources_left", "==", 0, "descriptors and threads", "No resource leaks"),
     )
     + _for(
@@ -323,6 +325,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     Parameter("test_memory_allocation_stress", "cycles", 100, 1, 1e6, "allocations, each freed again"),
     Parameter("test_memory_allocation_stress", "block_mb", 50, 1, 1e6, "size of each, MB"),
     Parameter("test_continuous_recording_memory_leak", "duration_s", 3600, 5, 864_000, "how long"),
+    Parameter("test_continuous_recording_memory_leak", "seed", 11, 0, 2**31, "seed of the lengths of what is spoken"),
     Parameter("test_rapid_toggle_with_fallback", "cycles", 50, 1, 1e5, "toggles, each with a fallback"),
     Parameter("test_kill_during_recording", "kills", 10, 1, 1e5, "kills of worker or host at random moments"),
     Parameter("test_kill_during_recording", "seed", 6, 0, 2**31, "seed of the random moments"),

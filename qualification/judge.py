@@ -86,6 +86,10 @@ class Judge:
             passed, reason = False, f"the fault proves nothing: {absorbed}"
         self._add(Verdict(criterion, "pass" if passed else "fail", value, fault, reason), series)
 
+    def limit(self, name: str) -> float:
+        """Give the limit of a criterion of this test. Raises StopIteration for another name."""
+        return next(each.limit for each in self.criteria if each.name == name)
+
     def say(self, line: str) -> None:
         """Add a line of evidence, shown when the test fails."""
         self.evidence.append(line)
@@ -101,10 +105,11 @@ class Judge:
         judged = {each.criterion.name for each in self.verdicts}
         return [each for each in self.criteria if each.name not in judged]
 
-    def end(self, verdict: str, reason: str) -> None:
-        """Give every criterion that has none this verdict, with the reason."""
+    def end(self, verdict: str, reason: str, series: Mapping[str, list[tuple[float, float]]] | None = None) -> None:
+        """Give every criterion that has none this verdict, with the reason; the first keeps ``series``."""
         for criterion in self.unjudged:
-            self._add(Verdict(criterion, verdict, None, None, reason), None)
+            self._add(Verdict(criterion, verdict, None, None, reason), series)
+            series = None
 
     def _open(self, name: str) -> Criterion:
         for criterion in self.unjudged:

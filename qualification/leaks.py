@@ -1,120 +1,358 @@
 """What separates a leak from noise: a verdict on readings of memory in use, as pure functions of numbers.
 
-The first fifth is warm-up and dropped. The rest is reduced to medians of blocks; a leak is a Theil-Sen slope whose
-lower bound is above a floor *and* growth in every third, so that a warm-up that saturates, a one-off step and a
-sawtooth are none. Readings belong at quiescent points: work drained, garbage collected, free memory given back.
+A leak is a slope whose lower bound is above a floor, kept up in every part of the run. That a warm-up saturates, that a
+cache comes and goes in a rhythm, and that memory once took a step, is found in the readings and is no leak:
+
+- Rhythm: where the readings repeat themselves, each is replaced by the mean over one period.
+- Blocks: medians of 24 blocks of equal count (minima, for readings that were not taken at rest).
+- Steps: at most two jumps between blocks that stand far out; blocks on both sides of one are not compared.
+- Warm-up: what comes before the block from which on a straight line is known best, half of the run at most.
+- Slope: Theil-Sen, the median of the slopes of all pairs, with Sen's rank-based bounds, taken apart at steps as the
+  seasonal Kendall test is (Hirsch and Slack 1984) and widened for readings that resemble the one before (Hamed and
+  Rao 1998).
+- Pace: a third of the judged part that is surely slower than the whole is standing still.
+
+``python -m qualification.leaks TRACE.csv`` judges a trace that was recorded anywhere.
 """
 
 from __future__ import annotations
 
+import argparse
+import csv
+import json
 import math
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-SAMPLES_MIN = 24
-BLOCKS = 12
-WARM_UP_FRACTION = 0.2
-#: A third has grown where its own slope is above this share of the whole: a leak keeps its pace, a warm-up fades.
-GROWTH_SHARE_MIN = 0.25
+#: Fewer readings than blocks are not judged.
+BLOCKS = SAMPLES_MIN = 24
+#: By unit, the slopes up to which growth is no leak. A run has to exclude a slope of ``CEILING_OF_FLOOR`` times that.
+FLOORS = {"s": 10_000.0, "cycle": 4_096.0}
+CEILING_OF_FLOOR = 5.0
+STEPS_MAX = 2
+#: A jump is a step where it is so many times as far from the usual one as jumps commonly are (median deviation).
+STEP_DEVIATIONS = 9.0
+#: A part stands still where its slope is below this share of the whole's, with this confidence.
+PACE, PACE_CONFIDENCE, PARTS, PART_BLOCKS = 0.75, 0.9, 3, 8
+#: From this autocorrelation on, a rhythm is one.
+RHYTHM = 0.5
+#: A later start has to make the slope's error so much smaller.
+WARM_UP_GAIN = 0.8
+
+EXIT_NO_LEAK, EXIT_LEAK, EXIT_INCONCLUSIVE = 0, 1, 2
+_UNIT_OF = {"t_s": "s", "cycle": "cycle"}
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class LeakVerdict:
     """Whether memory in use grows without end.
 
-    ``verdict`` is "leak", "no_leak" or "inconclusive" (too few samples; the numbers are NaN). ``lower`` and ``upper``
-    are the one-sided bounds of the slope in bytes/s, ``growth_bytes`` is the slope times the judged span, and
-    ``stability_fraction`` the largest deviation of a block's median from the overall median, as a share of it.
+    ``verdict`` is "leak", "no_leak" or "inconclusive". ``slope``, and its one-sided bounds ``lower`` and ``upper``, are
+    in bytes per ``unit``: "s" or "cycle". ``judged_from`` is where the warm-up ends, ``growth_bytes`` the slope times
+    the judged span, and ``stability_fraction`` the largest deviation of a block from the median of all after the
+    warm-up, as a share of it. With too few readings the numbers are NaN; where nothing bounds a slope it is infinite.
     """
 
     verdict: str
-    slope_bytes_per_s: float
+    slope: float
     lower: float
     upper: float
     growth_bytes: float
     stability_fraction: float
+    judged_from: float
+    unit: str
     reason: str
+
+    def growth_rate_is_below(self, limit: float) -> bool | None:
+        """Whether the slope is below a limit in bytes per unit: None where the interval leaves it open."""
+        if self.upper < limit:
+            return True
+        return False if self.lower >= limit else None
+
+    def plain(self) -> dict[str, str | float | None]:
+        """Give what the command prints: numbers that are not finite as None."""
+        slopes = {f"slope_bytes_per_{self.unit}": self.slope, "lower": self.lower, "upper": self.upper}
+        others = {
+            "growth_bytes": self.growth_bytes,
+            "stability_fraction": self.stability_fraction,
+            "judged_from": self.judged_from,
+        }
+        numbers = {name: value if math.isfinite(value) else None for name, value in {**slopes, **others}.items()}
+        return {"verdict": self.verdict, **numbers, "reason": self.reason}
 
 
 def judge(
-    t_s: ArrayLike, used_bytes: ArrayLike, *, floor_bytes_per_s: float = 20_000.0, confidence: float = 0.99
+    at: ArrayLike,
+    used_bytes: ArrayLike,
+    *,
+    unit: str = "s",
+    floor: float | None = None,
+    confidence: float = 0.99,
+    minima: bool = False,
 ) -> LeakVerdict:
-    """Judge readings ``used_bytes`` [n] taken at ``t_s`` [n]. Slopes up to the floor are no leak.
+    """Judge readings ``used_bytes`` [n] taken ``at`` [n] seconds or cycles.
 
-    Raises ValueError for arrays of different lengths, numbers that are not finite, times that do not increase and a
-    confidence outside (0.5, 1).
+    Growth up to ``floor``, in bytes per unit, is no leak; growth of five times that has to be excluded. ``minima`` is
+    for readings that were not taken at rest. Raises ValueError for arrays of different lengths, numbers that are not
+    finite, an ``at`` that does not increase, another unit, a floor below 0 and a confidence outside (0.5, 1).
     """
-    t, used = _checked(t_s, used_bytes)
+    at, used = _checked(at, used_bytes)
+    if unit not in FLOORS:
+        raise ValueError(f"unit is {unit!r}: expected one of {', '.join(FLOORS)}")
     if not 0.5 < confidence < 1:
         raise ValueError(f"confidence is {confidence}: expected more than 0.5 and less than 1")
-    if len(t) < SAMPLES_MIN:
+    if floor is None:
+        floor = FLOORS[unit]
+    elif not 0 <= floor < math.inf:
+        raise ValueError(f"floor is {floor}: expected at least 0 bytes per {unit}")
+    if len(at) < SAMPLES_MIN:
         nan = math.nan
-        reason = f"{len(t)} samples: at least {SAMPLES_MIN} are needed"
-        return LeakVerdict("inconclusive", nan, nan, nan, nan, nan, reason)
+        reason = f"{len(at)} readings: at least {SAMPLES_MIN} are needed"
+        return LeakVerdict("inconclusive", nan, nan, nan, nan, nan, nan, unit, reason)
 
-    warm_up = int(len(t) * WARM_UP_FRACTION)
-    t, used = t[warm_up:], used[warm_up:]
-    medians = _block_medians(t, used)
-    slope, lower, upper = _theil_sen(*medians, confidence)
-    thirds = [
-        _theil_sen(*_block_medians(*third), confidence)[0]
-        for third in zip(np.array_split(t, 3), np.array_split(used, 3), strict=True)
+    at, used = _without_rhythm(at, used, at_least=SAMPLES_MIN)
+    times, blocks = _blocks(at, used, BLOCKS, minima)
+    steps = _steps(blocks)
+    first = _warm_up(times, blocks, steps)
+    judged = times[first:]
+    slope, lower, upper = _slope(judged, blocks[first:], _segments(judged, times, steps), confidence)
+    parts = [
+        _slope(part_at, part, _segments(part_at, times, steps), PACE_CONFIDENCE)
+        for part_at, part in _parts(at, used, times[first], minima)
     ]
-    still = sum(third <= max(0.0, GROWTH_SHARE_MIN * slope) for third in thirds)
-    sure = f"at least {_mb(lower)} with {100 * confidence:g} % confidence"
-    bound = f"slope {_mb(slope)}, {sure}, floor {_mb(floor_bytes_per_s)}"
-    if lower <= floor_bytes_per_s:
-        verdict, reason = "no_leak", f"not above the floor: {bound}"
-    elif still:
-        verdict, reason = "no_leak", f"grew, but not in {still} of 3 thirds: {bound}"
+    still = sum(part_upper < PACE * slope for _, _, part_upper in parts)
+    growth_bytes = slope * float(judged[-1] - judged[0])
+    fell_bytes = -sum(float(blocks[k + 1] - blocks[k]) for k in steps if k >= first)
+    ceiling = max(CEILING_OF_FLOOR * floor, math.ulp(0.0))
+    least_upper = min(upper, *(part_upper for _, _, part_upper in parts))
+
+    bounds = (
+        f"slope {_slope_text(slope, unit)}, with {100 * confidence:g} % confidence at least {_slope_text(lower, unit)} "
+        f"and at most {_slope_text(upper, unit)}"
+    )
+    if lower > floor and not still and fell_bytes < growth_bytes:
+        verdict, reason = "leak", f"grew in every part of the run, faster than {_slope_text(floor, unit)}: {bounds}"
+    elif lower > floor and still:
+        verdict, reason = "no_leak", f"grew, but stood still in {still} of {PARTS} parts of the run: {bounds}"
+    elif lower > floor:
+        verdict, reason = "inconclusive", f"grew, and fell by as much at once: a rhythm, or a leak: {bounds}"
+    elif upper < ceiling:
+        verdict, reason = "no_leak", f"not surely above {_slope_text(floor, unit)}: {bounds}"
+    elif least_upper < ceiling:
+        verdict, reason = "no_leak", f"a part of the run grew by less than {_slope_text(ceiling, unit)}: {bounds}"
     else:
-        verdict, reason = "leak", f"grew in every third: {bound}"
-    growth_bytes = slope * float(t[-1] - t[0])
-    return LeakVerdict(verdict, slope, lower, upper, growth_bytes, _stability(medians[1]), reason)
+        verdict, reason = "inconclusive", f"{_slope_text(ceiling, unit)} cannot be excluded: run longer: {bounds}"
+    stability = _stability(blocks[first:])
+    return LeakVerdict(verdict, slope, lower, upper, growth_bytes, stability, float(judged[0]), unit, reason)
 
 
-def _checked(t_s: ArrayLike, used_bytes: ArrayLike) -> tuple[Floats, Floats]:
-    t, used = np.asarray(t_s, dtype=np.float64), np.asarray(used_bytes, dtype=np.float64)
+def _checked(at: ArrayLike, used_bytes: ArrayLike) -> tuple[Floats, Floats]:
+    t, used = np.asarray(at, dtype=np.float64), np.asarray(used_bytes, dtype=np.float64)
     if t.ndim != 1 or t.shape != used.shape:
-        raise ValueError(f"t_s has shape {t.shape}, used_bytes {used.shape}: expected the same length, one dimension")
-    for name, values in (("t_s", t), ("used_bytes", used)):
+        raise ValueError(f"at has shape {t.shape}, used_bytes {used.shape}: expected the same length, one dimension")
+    for name, values in (("at", t), ("used_bytes", used)):
         if bad := np.flatnonzero(~np.isfinite(values)).tolist():
             raise ValueError(f"{name}[{bad[0]}] is {values[bad[0]]}: expected finite numbers")
     if bad := np.flatnonzero(np.diff(t) <= 0).tolist():
-        raise ValueError(f"t_s[{bad[0] + 1}] is {t[bad[0] + 1]}, after {t[bad[0]]}: expected times that increase")
+        raise ValueError(f"at[{bad[0] + 1}] is {t[bad[0] + 1]}, after {t[bad[0]]}: expected numbers that increase")
     return t, used
 
 
-def _block_medians(t: Floats, used: Floats) -> tuple[Floats, Floats]:
-    """Reduce to the medians, in time and value, of at most BLOCKS blocks of equal count."""
-    blocks = min(BLOCKS, len(t))
-    times, values = ([float(np.median(block)) for block in np.array_split(x, blocks)] for x in (t, used))
-    return np.array(times), np.array(values)
+def _without_rhythm(at: Floats, used: Floats, at_least: int) -> tuple[Floats, Floats]:
+    """Replace each reading by the mean over one period, where there is a period of at most a quarter of the run."""
+    n = len(used)
+    x = np.arange(n)
+    # A spike is no rhythm, and a slope neither.
+    rest = np.clip(used, *np.percentile(used, [2, 98]))
+    rest = rest - np.polyval(np.polyfit(x, rest, 1), x)
+    spectrum = np.fft.rfft(rest, 2 * n)
+    alike = np.fft.irfft(spectrum * np.conj(spectrum))[: n // 4 + 1]
+    if alike[0] <= 0 or n - n // 4 < at_least:
+        return at, used
+    # Each lag has its own number of pairs.
+    alike = alike / alike[0] * n / (n - np.arange(len(alike)))
+    below = np.flatnonzero(alike < 0).tolist()
+    if not below:
+        return at, used
+    period = below[0] + int(np.argmax(alike[below[0] :]))
+    if alike[period] < RHYTHM or period == n // 4:
+        return at, used
+    window = np.full(period, 1 / period)
+    return np.convolve(at, window, "valid"), np.convolve(used, window, "valid")
 
 
-def _theil_sen(t: Floats, used: Floats, confidence: float) -> tuple[float, float, float]:
+def _blocks(at: Floats, used: Floats, blocks: int, minima: bool) -> tuple[Floats, Floats]:
+    """Reduce to the medians in time, and the medians or minima in value, of at most so many blocks of equal count."""
+    blocks = min(blocks, len(at))
+    reduce = np.min if minima else np.median
+    times = [float(np.median(block)) for block in np.array_split(at, blocks)]
+    return np.array(times), np.array([float(reduce(block)) for block in np.array_split(used, blocks)])
+
+
+def _steps(blocks: Floats) -> list[int]:
+    """Find the jumps from block k to the next that stand far out; none where there are more than one-off steps."""
+    jumps = np.diff(blocks)
+    deviations = np.abs(jumps - np.median(jumps))
+    far = np.flatnonzero(deviations > STEP_DEVIATIONS * np.median(deviations)).tolist()
+    # A step inside a block is a jump to it and another from it.
+    apart = sum(k - 1 not in far for k in far)
+    return far if apart <= STEPS_MAX else []
+
+
+def _segments(at: Floats, times: Floats, steps: Sequence[int]) -> Ints:
+    """Say for each time after how many steps it comes."""
+    return np.searchsorted([(times[k] + times[k + 1]) / 2 for k in steps], at)
+
+
+def _parts(at: Floats, used: Floats, first_at: float, minima: bool) -> Iterable[tuple[Floats, Floats]]:
+    """Give the blocks of each part of what was judged."""
+    begin = int(np.searchsorted(at, first_at))
+    # The first block's own readings begin half a block before its time.
+    begin = max(0, begin - len(at) // (2 * BLOCKS))
+    for part in np.array_split(np.arange(begin, len(at)), PARTS):
+        yield _blocks(at[part], used[part], PART_BLOCKS, minima)
+
+
+def _pairs(at: Floats, used: Floats, segments: Ints) -> tuple[Ints, Floats]:
+    """Give the slopes of all pairs that no step lies between, and the first of each pair."""
+    first, second = np.triu_indices(len(at), k=1)
+    beside = segments[first] == segments[second]
+    first, second = first[beside], second[beside]
+    return first, (used[second] - used[first]) / (at[second] - at[first])
+
+
+def _warm_up(times: Floats, blocks: Floats, steps: Sequence[int]) -> int:
+    """Find the first block after the warm-up: from it on the slope of a straight line has the least error."""
+    level = blocks.copy()
+    jumps = np.diff(blocks)
+    for k in steps:
+        level[k + 1 :] -= jumps[k] - np.median(jumps)
+    first, slopes = _pairs(times, level, np.zeros(len(times), dtype=np.int64))
+    best, least = 0, math.inf
+    for begin in range(len(times) // 2 + 1):
+        rest = level[begin:] - float(np.median(slopes[first >= begin])) * times[begin:]
+        rest = rest - np.median(rest)
+        # The median deviation does not see a short warm-up at all, the root mean square sees a spike too well.
+        spread = float(1.4826 * np.median(np.abs(rest)) + 0.1 * np.sqrt(np.mean(rest**2)))
+        error = spread / len(rest) ** 1.5
+        if error < WARM_UP_GAIN * least:
+            best, least = begin, error
+    return best
+
+
+def _slope(at: Floats, used: Floats, segments: Ints, confidence: float) -> tuple[float, float, float]:
     """Give the median of the slopes of all pairs, and Sen's rank-based one-sided bounds (lower, upper)."""
-    first, second = np.triu_indices(len(t), k=1)
-    slopes = np.sort((used[second] - used[first]) / (t[second] - t[first]))
-    n = len(t)
-    # The variance of Kendall's S without ties; ties would only make the interval narrower.
-    half_width = NormalDist().inv_cdf(confidence) * math.sqrt(n * (n - 1) * (2 * n + 5) / 18)
+    slopes = np.sort(_pairs(at, used, segments)[1])
+    if len(slopes) < 3:
+        return math.nan, -math.inf, math.inf
+    slope = float(np.median(slopes))
+    # The variance of Kendall's S without ties, segment by segment; ties would only make the interval narrower.
+    variance, products, squares = 0.0, 0.0, 0.0
+    for segment in np.unique(segments):
+        inside = segments == segment
+        n = int(inside.sum())
+        variance += n * (n - 1) * (2 * n + 5) / 18
+        rest = used[inside] - slope * at[inside]
+        rest = rest - np.median(rest)
+        products, squares = products + float(rest[1:] @ rest[:-1]), squares + float(rest @ rest)
+    alike = products / squares if squares > 0 else 0.0
+    # A straight line that was fitted makes its residuals look less alike than they are.
+    alike = min(0.9, max(0.0, alike + (2 + 4 * alike) / len(at)))
+    half_width = NormalDist().inv_cdf(confidence) * math.sqrt(variance * (1 + alike) / (1 - alike))
     rank = max(0, math.floor((len(slopes) - half_width) / 2) - 1)
-    return float(np.median(slopes)), float(slopes[rank]), float(slopes[-1 - rank])
+    return slope, float(slopes[rank]), float(slopes[-1 - rank])
 
 
-def _stability(medians: Floats) -> float:
-    middle = float(np.median(medians))
-    deviation = float(np.max(np.abs(medians - middle)))
+def _stability(blocks: Floats) -> float:
+    middle = float(np.median(blocks))
+    deviation = float(np.max(np.abs(blocks - middle)))
     if deviation == 0:
         return 0.0
     return deviation / abs(middle) if middle else math.inf
 
 
-def _mb(bytes_per_s: float) -> str:
-    return f"{bytes_per_s / 1e6:+.3f} MB/s"
+def _slope_text(slope: float, unit: str) -> str:
+    return f"{slope / 1e6:+.4f} MB/s" if unit == "s" else f"{slope / 1e3:+.2f} kB per cycle"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Judge a trace in a file and print the verdict as JSON; give the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m qualification.leaks",
+        description="Judge whether memory in use leaks, by readings of it: CSV with the header t_s,bytes or "
+        "cycle,bytes. Prints one JSON object. Best are readings at rest: work drained, garbage collected, free memory "
+        "given back.",
+        epilog="exit status: 0 no leak; 1 a leak; 2 inconclusive, or a trace that cannot be judged",
+        allow_abbrev=False,
+    )
+    parser.add_argument("trace", metavar="TRACE.csv", help="the readings; - for standard input")
+    parser.add_argument("--column", default="bytes", metavar="NAME", help="the column to judge (default: %(default)s)")
+    parser.add_argument(
+        "--floor",
+        type=float,
+        metavar="BYTES",
+        help=f"growth per second or cycle that is no leak (default: {FLOORS['s']:.0f} per s, "
+        f"{FLOORS['cycle']:.0f} per cycle)",
+    )
+    parser.add_argument("--confidence", type=float, default=0.99, help="of each bound (default: %(default)s)")
+    parser.add_argument("--minima", action="store_true", help="the readings were not taken at rest: judge their minima")
+    options = parser.parse_args(argv)
+    try:
+        unit, at, used = _read(options.trace, options.column)
+        found = judge(
+            at, used, unit=unit, floor=options.floor, confidence=options.confidence, minima=options.minima
+        ).plain()
+    except (OSError, ValueError) as error:
+        print(f"{parser.prog}: {options.trace}: {error}", file=sys.stderr)
+        found = {"verdict": "inconclusive", "reason": f"not judged: {error}"}
+    print(json.dumps(found, allow_nan=False))
+    return {"no_leak": EXIT_NO_LEAK, "leak": EXIT_LEAK}.get(str(found["verdict"]), EXIT_INCONCLUSIVE)
+
+
+def _read(name: str, column: str) -> tuple[str, list[float], list[float]]:
+    """Give the unit and the columns of a trace. Raises OSError, ValueError that names the line."""
+    if name == "-":
+        return _parsed(sys.stdin, column)
+    with Path(name).open(encoding="utf-8-sig", newline="") as file:
+        return _parsed(file, column)
+
+
+def _parsed(lines: Iterable[str], column: str) -> tuple[str, list[float], list[float]]:
+    rows = csv.reader(lines)
+    header = [name.strip() for name in next(rows, [])]
+    first = header[0] if header else ""
+    if first not in _UNIT_OF or column not in header[1:]:
+        expected = " or ".join(f"{name},{column}" for name in _UNIT_OF)
+        raise ValueError(f"the header is {','.join(header)!r}: expected {expected}")
+    index = header.index(column, 1)
+    at: list[float] = []
+    used: list[float] = []
+    for number, row in enumerate(rows, 2):
+        if not row:
+            continue
+        try:
+            values = float(row[0]), float(row[index])
+        except (ValueError, IndexError):
+            raise ValueError(
+                f"line {number} is {','.join(row)[:100]!r}: expected numbers for {first},{column}"
+            ) from None
+        if not all(map(math.isfinite, values)):
+            raise ValueError(f"line {number} has {','.join(row)[:100]!r}: expected finite numbers")
+        if at and values[0] <= at[-1]:
+            raise ValueError(f"line {number}: {first} is {values[0]:g}, after {at[-1]:g}: expected it to increase")
+        at.append(values[0])
+        used.append(values[1])
+    return _UNIT_OF[first], at, used
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -5,12 +5,15 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qualification.sampling import Sample, take
+from qualification.attribution import OPENED, kept, what_is_open
+from qualification.gpu import Card
+from qualification.sampling import Sampler
 from qualification.stream import equivalent
 from qualification.subject import STRATEGIES, Event, Subject
 
@@ -65,22 +68,59 @@ def quiesce(subject: Subject, timeout_s: float = 60.0) -> None:
         subject.drain(timeout_s)
 
 
-def left_behind(subject: Subject, before: Sample, within_s: float = 2.0) -> dict[str, int]:
-    """Count the descriptors, threads and processes of a subject at rest that it did not have before.
+def sampler_of(subject: Subject, card: Card | None, *, card_is_ours: bool) -> Sampler:
+    """Make a sampler of a subject's processes, with the exact counters that it offers, and of the card it is on."""
+    return Sampler(
+        subject.process_ids,
+        workers_heap_bytes=getattr(subject, "workers_heap_bytes", None),
+        card=card.uuid if card else None,
+        card_is_ours=card_is_ours,
+    )
+
+
+def can_rest(subject: Subject) -> bool:
+    """Whether the subject says of itself when it is at rest; else only the least of several readings is at rest."""
+    return hasattr(subject, "quiesce")
+
+
+@dataclass(frozen=True)
+class Left:
+    """How many more descriptors, threads and processes a subject has than before, and what they are."""
+
+    counts: dict[str, int]
+    names: str
+
+    @property
+    def total(self) -> int:
+        """How many there are in all."""
+        return sum(self.counts.values())
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{n} {kind}s" for kind, n in self.counts.items())
+        return counts + (f": {self.names}" if self.total and self.names else "")
+
+
+def left_behind(subject: Subject, before: Counter[str], within_s: float = 2.0) -> Left:
+    """Say what a subject at rest has open that it did not have before: more of a kind, whatever it is called.
 
     What ends takes a moment to be gone, and what reads memory has a file open for one: it is looked again until nothing
     is left, for up to ``within_s``. What leaks stays.
     """
-    left: dict[str, int] = {}
+    left = Left({}, "")
 
     def nothing() -> bool:
-        now = take(subject.process_ids())
-        for name in ("descriptors", "threads", "children"):
-            left[name] = max(0, getattr(now, name) - getattr(before, name))
-        return not any(left.values())
+        nonlocal left
+        now = what_is_open(subject.process_ids())
+        counts = {kind: max(0, _of_kind(now, kind) - _of_kind(before, kind)) for kind in OPENED}
+        left = Left(counts, kept(now, before))
+        return not left.total
 
     wait_until(nothing, within_s)
     return left
+
+
+def _of_kind(opened: Counter[str], kind: str) -> int:
+    return sum(count for name, count in opened.items() if name.startswith(kind))
 
 
 def same_output(subject: Subject) -> Callable[[Any, Any], bool]:

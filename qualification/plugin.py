@@ -28,6 +28,7 @@ from backends.model import DEFAULT_MODEL, SAMPLE_RATE_HZ, read_onnx
 from qualification.criteria import DEVICE_LIMIT, Criterion
 from qualification.host import MB, Hosted, Job
 from qualification.judge import Judge
+from qualification.observe import sampler_of
 from qualification.progress import Progress
 from qualification.records import RecordError
 from qualification.run import (
@@ -446,8 +447,8 @@ def backend(new_backend: Callable[[int], Backend], device_limit_bytes: int) -> B
 @pytest.fixture
 def new_sampler(request: pytest.FixtureRequest) -> Callable[[Subject], Sampler]:
     """Make samplers of a subject's processes, and of the card that it is on, where it is on one."""
-    card = request.config.stash[_RUN].card
-    return lambda subject: Sampler(subject.process_ids, card=card.uuid if card else None)
+    run = request.config.stash[_RUN]
+    return lambda subject: sampler_of(subject, run.card, card_is_ours=not run.allow_shared_gpu)
 
 
 @pytest.fixture

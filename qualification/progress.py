@@ -43,13 +43,18 @@ class Progress:
         self._draw_at_s = self._line_at_s = self._began_s + QUIET_S
         self._drawn_columns = 0
 
-    def update(self, memory_bytes: float | None = None, slope_bytes_per_s: float | None = None, text: str = "") -> None:
-        """Show where things stand, if it is time to. What is None is left out."""
+    def update(
+        self,
+        memory_bytes: float | None = None,
+        slope_bytes_per_s: Callable[[], float | None] = lambda: None,
+        text: str = "",
+    ) -> None:
+        """Show where things stand, if it is time to. What is None is left out; the slope is asked for only then."""
         now_s = self._clock()
         draw, line_due = self._is_terminal and now_s >= self._draw_at_s, now_s >= self._line_at_s
         if not (draw or line_due):
             return
-        line = self._line(now_s - self._began_s, memory_bytes, slope_bytes_per_s, text)
+        line = self._line(now_s - self._began_s, memory_bytes, slope_bytes_per_s(), text)
         if draw:
             self._draw(line)
             self._draw_at_s = now_s + DRAW_EVERY_S
@@ -74,8 +79,10 @@ class Progress:
         self.done()
 
     def _line(self, elapsed_s: float, memory_bytes: float | None, slope_bytes_per_s: float | None, text: str) -> str:
-        total = "" if self._total_s is None else f" / {_minutes(self._total_s)}"
-        parts = [f"{self._name} {_minutes(elapsed_s)}{total}"]
+        parts = [f"{self._name} {_minutes(elapsed_s)}"]
+        if self._total_s is not None:
+            parts[0] += f" / {_minutes(self._total_s)}"
+            parts.append(f"{_minutes(max(0.0, self._total_s - elapsed_s))} left")
         if memory_bytes is not None:
             parts.append(f"{memory_bytes / 1e6:.1f} MB")
         if slope_bytes_per_s is not None:

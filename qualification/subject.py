@@ -112,7 +112,9 @@ class Subject(Protocol):
     """The application under qualification. Tests use nothing else of it.
 
     Optional, and named as not run where absent: ``quiesce()`` for drained samples, ``equivalent(a, b)`` for outputs,
-    ``recovered()`` for what a user could get back by hand (float32 [samples] from position 0).
+    ``recovered()`` for what a user could get back by hand (float32 [samples] from position 0). Optional too:
+    ``workers_heap_bytes()``, what its other processes have taken from their heaps and not freed. Without it, what is
+    known of them is what the system says.
     """
 
     def feed(self, start: int, block: Any) -> int:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from qualification import leaks
 from qualification.host import MB
@@ -13,7 +17,10 @@ from qualification.sampling import MEMORY, Sampler
 
 #: Of one verdict among several: a leak is one whatever the others say, and what is open is not proved.
 _WORST_FIRST = ("leak", "inconclusive", "no_leak")
-_EXACT = ("heap_used_bytes", "workers_heap_bytes", "device_used_bytes")
+#: The series that count what is in use, and so do not see free memory that is kept: a heap in pieces, say.
+EXACT = ("heap_used_bytes", "workers_heap_bytes", "device_used_bytes")
+#: So much may become fragmented in a run: measured with arrays of up to 50 MB that come and go, up to 6 MB in 60 s.
+FRAGMENTATION_BYTES = 10e6
 #: Processes that grew by less are not shown, and of those that did only the first.
 PROCESS_BYTES_MIN, PROCESSES_SHOWN = 100_000, 5
 #: What the processes have beside memory.
@@ -46,7 +53,15 @@ class Growth:
     @property
     def upper(self) -> float:
         """The highest of the upper bounds: no series grows faster. NaN before there is a verdict."""
-        return max((each.upper for each in self.verdicts.values()), key=lambda x: math.inf if math.isnan(x) else x)
+        return max((each.upper for each in self.verdicts.values()), key=_unknown_first)
+
+    @property
+    def exact_upper(self) -> float:
+        """The highest of the exact counters' upper bounds; of all, where there is no exact counter of the heap."""
+        known = (
+            [name for name in EXACT if name in self.verdicts] if "heap_used_bytes" in self.verdicts else self.verdicts
+        )
+        return max((self.verdicts[name].upper for name in known), key=_unknown_first)
 
     @property
     def lower(self) -> float:
@@ -58,44 +73,55 @@ class Growth:
         """The largest deviation of all memory of the host from its median, as a share of it."""
         return self.verdicts["uss_bytes"].stability_fraction
 
-    def is_open(self, limit: float) -> bool:
-        """Whether more readings are needed: for a verdict, or to compare the growth with a limit per unit."""
-        open_ = self.worst.verdict == "inconclusive"
-        return open_ or any(each.growth_rate_is_below(limit) is None for each in self.verdicts.values())
+    def is_open(self, limit: float, *, exact: bool = False) -> bool:
+        """Whether more readings are needed: for a verdict, or to compare the growth with a limit per unit.
+
+        Only that of the ``exact`` counters is compared, if so asked.
+        """
+        upper = self.exact_upper if exact else self.upper
+        return self.worst.verdict == "inconclusive" or (upper >= limit and self.lower < limit)
 
     @property
     def reason(self) -> str:
         """Say what the worst verdict rests on."""
         where = MEMORY[self.series]
         if self.worst.verdict == "leak" and not any(
-            self.verdicts[name].verdict == "leak" for name in _EXACT if name in self.verdicts
+            self.verdicts[name].verdict == "leak" for name in EXACT if name in self.verdicts
         ):
             where += ", and no exact counter: fragmentation, or memory that none of them sees"
         return f"{where}: {self.worst.reason}"
 
 
-def judge(
-    sampler: Sampler,
+def judge(sampler: Sampler, *, unit: str = "s", cycles_a_sample: int = 1, **options: Any) -> Growth:
+    """Judge each series of memory that says something about the subject, per second or per cycle.
+
+    Options are those of ``judge_series``.
+    """
+    scale = cycles_a_sample if unit == "cycle" else 1
+    found = {name: sampler.readings(name, unit) for name in sampler.memory_series}
+    return judge_series({name: (at * scale, used) for name, (at, used) in found.items()}, unit=unit, **options)
+
+
+def judge_series(
+    readings: Mapping[str, tuple[ArrayLike, ArrayLike]],
     *,
     unit: str = "s",
-    cycles_a_sample: int = 1,
     minima: bool = False,
     floor: float | None = None,
     confidence: float = 0.99,
 ) -> Growth:
-    """Judge each series of memory that says something about the subject, per second or per cycle.
+    """Judge series of memory, by name, as (seconds or cycles [n], bytes [n]).
 
-    ``minima`` is for a subject that cannot be brought to rest, ``floor`` as in ``leaks.judge``.
+    ``minima`` is for a subject that cannot be brought to rest, ``floor`` as in ``leaks.judge``. What a catch-all grows
+    by in a run, alone and up to FRAGMENTATION_BYTES, is no leak.
     """
-    scale = cycles_a_sample if unit == "cycle" else 1
-    found = {name: sampler.readings(name, unit) for name in sampler.memory_series}
-    readings = {name: (at * scale, used) for name, (at, used) in found.items()}
-    verdicts = {
-        name: leaks.judge(at, used, unit=unit, floor=floor, minima=minima, confidence=confidence)
-        for name, (at, used) in readings.items()
-    }
-    at = readings["uss_bytes"][0]
-    return Growth(verdicts, float(at[-1] - at[0]) if len(at) else 0.0)
+    floor = leaks.FLOORS[unit] if floor is None else floor
+    spans = {name: float(np.ptp(at)) if np.size(at) else 0.0 for name, (at, _) in readings.items()}
+    verdicts = {}
+    for name, (at, used) in readings.items():
+        alone = FRAGMENTATION_BYTES / spans[name] if name not in EXACT and spans[name] else 0.0
+        verdicts[name] = leaks.judge(at, used, unit=unit, floor=max(floor, alone), minima=minima, confidence=confidence)
+    return Growth(verdicts, max(spans.values()))
 
 
 def so_far(sampler: Sampler) -> float | None:
@@ -151,6 +177,10 @@ def table(sampler: Sampler, growth: Growth) -> list[str]:
         first, last = int(counted[0]), int(counted[-1])
         lines.append(f"{name:<40} {first:>10} {last:>10} {last - first:>+10}")
     return lines
+
+
+def _unknown_first(value: float) -> float:
+    return math.inf if math.isnan(value) else value
 
 
 def _number(value: float) -> float:

@@ -3,7 +3,7 @@
 A leak is a slope whose lower bound is above a floor, kept up in every part of the run. That a warm-up saturates, that a
 cache comes and goes in a rhythm, and that memory once took a step, is found in the readings and is no leak:
 
-- Rhythm: where the readings repeat themselves, each is replaced by the mean over one period.
+- Rhythm: where the readings repeat themselves, what is usual at each point of the period is taken off.
 - Blocks: medians of 24 blocks of equal count (minima, for readings that were not taken at rest).
 - Steps: at most two jumps between blocks that stand far out; blocks on both sides of one are not compared.
 - Warm-up: what comes before the block from which on a straight line is known best, half of the run at most.
@@ -36,6 +36,8 @@ BLOCKS = SAMPLES_MIN = 24
 FLOORS = {"s": 10_000.0, "cycle": 4_096.0}
 CEILING_OF_FLOOR = 5.0
 STEPS_MAX = 2
+#: A rhythm that is slow for the run falls by half of what it grows, or more: so much of it is no leak yet.
+FALL_SHARE_MAX = 1 / 3
 #: A jump is a step where it is so many times as far from the usual one as jumps commonly are (median deviation).
 STEP_DEVIATIONS = 9.0
 #: A part stands still where its slope is below this share of the whole's, with this confidence.
@@ -119,35 +121,32 @@ def judge(
         reason = f"{len(at)} readings: at least {SAMPLES_MIN} are needed"
         return LeakVerdict("inconclusive", nan, nan, nan, nan, nan, nan, unit, reason)
 
-    at, used = _without_rhythm(at, used, at_least=SAMPLES_MIN)
+    used = _without_rhythm(used)
     times, blocks = _blocks(at, used, BLOCKS, minima)
     steps = _steps(blocks)
     first = _warm_up(times, blocks, steps)
     judged = times[first:]
     slope, lower, upper = _slope(judged, blocks[first:], _segments(judged, times, steps), confidence)
-    parts = [
-        _slope(part_at, part, _segments(part_at, times, steps), PACE_CONFIDENCE)
-        for part_at, part in _parts(at, used, times[first], minima)
-    ]
-    still = sum(part_upper < PACE * slope for _, _, part_upper in parts)
+    parts = [(*part, _segments(part[0], times, steps)) for part in _parts(at, used, times[first], minima)]
+    still = sum(_slope(*part, PACE_CONFIDENCE)[2] < PACE * slope for part in parts)
     growth_bytes = slope * float(judged[-1] - judged[0])
     fell_bytes = -sum(float(blocks[k + 1] - blocks[k]) for k in steps if k >= first)
     ceiling = max(CEILING_OF_FLOOR * floor, math.ulp(0.0))
-    least_upper = min(upper, *(part_upper for _, _, part_upper in parts))
+    least_upper = min(_slope(*part, confidence)[2] for part in parts)
 
     bounds = (
         f"slope {_slope_text(slope, unit)}, with {100 * confidence:g} % confidence at least {_slope_text(lower, unit)} "
         f"and at most {_slope_text(upper, unit)}"
     )
-    if lower > floor and not still and fell_bytes < growth_bytes:
+    if lower > floor and not still and fell_bytes < FALL_SHARE_MAX * growth_bytes:
         verdict, reason = "leak", f"grew in every part of the run, faster than {_slope_text(floor, unit)}: {bounds}"
     elif lower > floor and still:
         verdict, reason = "no_leak", f"grew, but stood still in {still} of {PARTS} parts of the run: {bounds}"
     elif lower > floor:
-        verdict, reason = "inconclusive", f"grew, and fell by as much at once: a rhythm, or a leak: {bounds}"
+        verdict, reason = "inconclusive", f"grew, and fell at once: a slow rhythm, or a leak: {bounds}"
     elif upper < ceiling:
         verdict, reason = "no_leak", f"not surely above {_slope_text(floor, unit)}: {bounds}"
-    elif least_upper < ceiling:
+    elif least_upper < ceiling and 2 * slope < ceiling:
         verdict, reason = "no_leak", f"a part of the run grew by less than {_slope_text(ceiling, unit)}: {bounds}"
     else:
         verdict, reason = "inconclusive", f"{_slope_text(ceiling, unit)} cannot be excluded: run longer: {bounds}"
@@ -167,27 +166,33 @@ def _checked(at: ArrayLike, used_bytes: ArrayLike) -> tuple[Floats, Floats]:
     return t, used
 
 
-def _without_rhythm(at: Floats, used: Floats, at_least: int) -> tuple[Floats, Floats]:
-    """Replace each reading by the mean over one period, where there is a period of at most a quarter of the run."""
+def _without_rhythm(used: Floats) -> Floats:
+    """Take off what is usual at each point of the period, where there is one of at most a quarter of the run."""
     n = len(used)
     x = np.arange(n)
     # A spike is no rhythm, and a slope neither.
     rest = np.clip(used, *np.percentile(used, [2, 98]))
     rest = rest - np.polyval(np.polyfit(x, rest, 1), x)
     spectrum = np.fft.rfft(rest, 2 * n)
-    alike = np.fft.irfft(spectrum * np.conj(spectrum))[: n // 4 + 1]
-    if alike[0] <= 0 or n - n // 4 < at_least:
-        return at, used
+    alike = np.fft.irfft(spectrum * np.conj(spectrum))[:n]
+    if alike[0] <= 0:
+        return used
     # Each lag has its own number of pairs.
-    alike = alike / alike[0] * n / (n - np.arange(len(alike)))
-    below = np.flatnonzero(alike < 0).tolist()
+    alike = alike / alike[0] * n / (n - x)
+    below = np.flatnonzero(alike[: n // 4] < 0).tolist()
     if not below:
-        return at, used
-    period = below[0] + int(np.argmax(alike[below[0] :]))
-    if alike[period] < RHYTHM or period == n // 4:
-        return at, used
-    window = np.full(period, 1 / period)
-    return np.convolve(at, window, "valid"), np.convolve(used, window, "valid")
+        return used
+    period = float(below[0] + np.argmax(alike[below[0] : n // 4 + 1]))
+    if alike[int(period)] < RHYTHM or period == n // 4:
+        return used
+    # Several periods say more exactly how long one is.
+    for times in range(2, int(n / 2 / period) + 1):
+        around = slice(round(times * period) - 1, round(times * period) + 2)
+        period = (around.start + int(np.argmax(alike[around]))) / times
+    points = np.floor(x % period * (round(period) / period)).astype(np.int64)
+    usual = np.array([np.median(rest[points == point]) for point in range(round(period))])
+    adjusted: Floats = used - usual[np.minimum(points, round(period) - 1)]
+    return adjusted
 
 
 def _blocks(at: Floats, used: Floats, blocks: int, minima: bool) -> tuple[Floats, Floats]:
@@ -202,10 +207,10 @@ def _steps(blocks: Floats) -> list[int]:
     """Find the jumps from block k to the next that stand far out; none where there are more than one-off steps."""
     jumps = np.diff(blocks)
     deviations = np.abs(jumps - np.median(jumps))
-    far = np.flatnonzero(deviations > STEP_DEVIATIONS * np.median(deviations)).tolist()
-    # A step inside a block is a jump to it and another from it.
-    apart = sum(k - 1 not in far for k in far)
-    return far if apart <= STEPS_MAX else []
+    far = np.flatnonzero(deviations > STEP_DEVIATIONS * np.median(deviations))
+    # A step inside a block is a jump to it and another from it; what takes longer is none.
+    runs = [run for run in np.split(far, np.flatnonzero(np.diff(far) > 1) + 1) if 0 < len(run) <= 2]
+    return [int(k) for run in runs for k in run] if len(runs) <= STEPS_MAX else []
 
 
 def _segments(at: Floats, times: Floats, steps: Sequence[int]) -> Ints:

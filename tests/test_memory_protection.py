@@ -235,7 +235,7 @@ class TestMemoryStress:
         minima = not can_rest(subject)
         churn()
         found = growth.judge(sampler, unit="cycle", cycles_a_sample=CYCLES_A_SAMPLE, minima=minima)
-        if found.is_open(judge.limit("growth_per_cycle") * 1e3):
+        if found.is_open(judge.limit("growth_per_cycle") * 1e3, exact=True):
             judge.say(f"extended once, for {cycles} cycles left it open: {found.reason}")
             churn()
             found = growth.judge(sampler, unit="cycle", cycles_a_sample=CYCLES_A_SAMPLE, minima=minima)
@@ -246,7 +246,7 @@ class TestMemoryStress:
         growth.tell(judge, sampler, found, lambda: attribute(phases, read, subject.process_ids))
         judge("allocations_failed", failed)
         judge("baseline_excess", max(0, after.uss_bytes - before.uss_bytes) / MB)
-        judge("growth_per_cycle", found.upper / 1e3, series=series)
+        judge("growth_per_cycle", found.exact_upper / 1e3, series=series)
         judge("fragmentation", 100 * (1 - largest_after / largest_before))
 
     @pytest.mark.slow

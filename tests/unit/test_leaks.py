@@ -1,16 +1,24 @@
-"""A leak is found; noise, a warm-up, a step and a sawtooth are none."""
+"""A leak is found; noise, a warm-up, a step and a rhythm are none. The command says the same of a file."""
 
 from __future__ import annotations
 
+import io
+import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from qualification import leaks
 from qualification.leaks import LeakVerdict, judge
+
+ROOT = Path(__file__).resolve().parents[2]
 
 Floats = NDArray[np.float64]
 Shape = Callable[[Floats], NDArray[np.floating[Any]]]
@@ -25,35 +33,62 @@ def _judge(shape: Shape, seed: int, noise_bytes: float = 0.3e6) -> LeakVerdict:
 
 HEALTHY: dict[str, Shape] = {
     "steady": lambda t: 0 * t,
-    "warm-up that saturates": lambda t: 30e6 * (1 - np.exp(-t / 5)),
+    "warm-up that saturates": lambda t: 30e6 * (1 - np.exp(-t / 3)),
     "one-off step early": lambda t: 10e6 * (t > 20),
     "one-off step in the middle": lambda t: 10e6 * (t > 36),
     "one-off step late": lambda t: 10e6 * (t > 55),
+    "two steps": lambda t: 4e6 * (t > 20) + 3e6 * (t > 41),
+    "step down": lambda t: -10e6 * (t > 30),
+    "warm-up that ends": lambda t: 20e6 * np.minimum(1, t / 20),
+    "cache that fills and stays full": lambda t: 5e6 * np.minimum(1, t / 24),
     "sawtooth": lambda t: 2e6 * (t % 7) / 7,
-    "slow sawtooth": lambda t: 8e6 * (t % 20) / 20,
+    "tall sawtooth": lambda t: 8e6 * (t % 12) / 12,
+    "bursts": lambda t: 40e6 * ((t % 23) < 1),
     "shrinking": lambda t: -0.2e6 * t,
-    "growth below the floor": lambda t: 0.005e6 * t,
+    "growth below the floor": lambda t: 0.003e6 * t,
 }
 
 
 @pytest.mark.parametrize("name", HEALTHY)
 @pytest.mark.parametrize("noise_bytes", [0.0, 0.3e6])
 def test_healthy_is_no_leak(name: str, noise_bytes: float) -> None:
-    """No false alarm in 30 seeded traces of each kind."""
+    """No false alarm in 30 seeded traces of each kind; without noise all are proved healthy, with it nearly all."""
     verdicts = [_judge(HEALTHY[name], seed, noise_bytes) for seed in range(30)]
-    wrong = [v.reason for v in verdicts if v.verdict != "no_leak"]
-    assert not wrong, f"{len(wrong)} of 30 traces judged wrongly: {wrong[:1]}"
+    alarms = [v.reason for v in verdicts if v.verdict == "leak"]
+    assert not alarms, f"{len(alarms)} of 30 traces judged wrongly: {alarms[:1]}"
+    proved = sum(v.verdict == "no_leak" for v in verdicts)
+    assert proved >= (24 if noise_bytes else 30), f"{proved} of 30 traces are proved healthy"
+
+
+def test_a_sawtooth_that_is_slow_for_the_run_is_no_leak_and_not_proved_healthy() -> None:
+    """Three teeth in the run: what it is can only be said after more of them."""
+    verdicts = {_judge(lambda t: 8e6 * (t % 20) / 20, seed).verdict for seed in range(30)}
+    assert "leak" not in verdicts, f"verdicts {verdicts}"
+    longer = np.arange(0, 300, 0.25)
+    assert judge(longer, 2e8 + 8e6 * (longer % 20) / 20).verdict == "no_leak"
+
+
+def test_noise_that_hides_a_leak_is_inconclusive() -> None:
+    """With 8 MB of noise that lasts for seconds, 60 s cannot exclude 0.05 MB/s."""
+    rng = np.random.default_rng(3)
+    noise = np.convolve(rng.normal(0, 8e6, len(T_S) + 19), np.ones(20) / 4.5, "valid")
+    verdict = judge(T_S, BASE_BYTES + noise)
+    assert verdict.verdict == "inconclusive", f"{verdict}"
+    assert "run longer" in verdict.reason, verdict.reason
 
 
 @pytest.mark.parametrize("leak_bytes_per_s", [0.05e6, 0.2e6, 2e6])
 @pytest.mark.parametrize("noise_bytes", [0.0, 0.3e6])
-def test_a_steady_leak_is_found(leak_bytes_per_s: float, noise_bytes: float) -> None:
-    """All of 30 seeded traces, and the slope is right within 20 %."""
-    for seed in range(30):
-        verdict = _judge(lambda t: leak_bytes_per_s * t, seed, noise_bytes)
+@pytest.mark.parametrize(
+    "name", ["steady", "warm-up that saturates", "one-off step in the middle", "sawtooth", "bursts"]
+)
+def test_a_leak_is_found(name: str, noise_bytes: float, leak_bytes_per_s: float) -> None:
+    """In all of 20 seeded traces, whatever healthy memory does beside it, and the slope is right within 40 %."""
+    for seed in range(20):
+        verdict = _judge(lambda t: HEALTHY[name](t) + leak_bytes_per_s * t, seed, noise_bytes)
         assert verdict.verdict == "leak", f"seed {seed}: {verdict.reason}"
-        assert verdict.slope_bytes_per_s == pytest.approx(leak_bytes_per_s, rel=0.2), f"seed {seed}: {verdict}"
-        assert verdict.lower <= verdict.slope_bytes_per_s <= verdict.upper, f"seed {seed}: {verdict}"
+        assert verdict.slope == pytest.approx(leak_bytes_per_s, rel=0.4), f"seed {seed}: {verdict}"
+        assert verdict.lower <= verdict.slope <= verdict.upper, f"seed {seed}: {verdict}"
 
 
 def test_a_staircase_leak_is_found() -> None:
@@ -68,14 +103,37 @@ def test_a_leak_under_a_sawtooth_is_found() -> None:
     assert verdict.verdict == "leak", verdict.reason
 
 
+def test_minima_judge_what_was_not_at_rest() -> None:
+    """Half of the readings have up to 50 MB of work in hand on them: the least of each block does not."""
+    rng = np.random.default_rng(1)
+    used = BASE_BYTES + 0.1e6 * T_S + np.where(rng.random(len(T_S)) < 0.6, rng.uniform(0, 50e6, len(T_S)), 0)
+    at_rest, minima = judge(T_S, used), judge(T_S, used, minima=True)
+    assert at_rest.verdict == "inconclusive", f"{at_rest}"
+    assert minima.verdict == "leak", f"{minima}"
+
+
+def test_the_warm_up_is_found() -> None:
+    """What is judged begins when the warm-up is over, and not before; without one, all is judged."""
+    without = judge(T_S, BASE_BYTES + 0.1e6 * T_S + np.random.default_rng(0).normal(0, 1e4, len(T_S)))
+    with_one = judge(T_S, BASE_BYTES + 20e6 * np.minimum(1, T_S / 15) + 0.1e6 * T_S)
+    assert without.judged_from < 4, f"{without}"
+    assert 12 < with_one.judged_from < 22, f"{with_one}"
+
+
 def test_numbers_of_an_exact_line() -> None:
     """Slope, bounds, growth over the judged span and stability of a trace without noise."""
     verdict = judge(T_S, 100e6 + 1e6 * T_S)
-    span_s = T_S[-1] - T_S[48]
-    assert verdict.slope_bytes_per_s == verdict.lower == verdict.upper == pytest.approx(1e6)
-    assert verdict.growth_bytes == pytest.approx(1e6 * span_s), f"growth {verdict.growth_bytes} over {span_s} s"
-    # Twelve blocks of 4 s: the outer medians lie 22 s from the middle one, which holds 135.875 MB.
-    assert verdict.stability_fraction == pytest.approx(22e6 / 135.875e6), f"stability {verdict.stability_fraction}"
+    assert verdict.slope == verdict.lower == verdict.upper == pytest.approx(1e6)
+    # 24 blocks of 2.5 s, and all of them judged: the outer ones lie 57.5 s apart.
+    assert verdict.growth_bytes == pytest.approx(57.5e6), f"growth {verdict.growth_bytes}"
+    assert verdict.stability_fraction == pytest.approx(28.75e6 / 129.875e6), f"stability {verdict.stability_fraction}"
+    assert verdict.growth_rate_is_below(1.1e6) is True and verdict.growth_rate_is_below(1e6) is False
+
+
+def test_a_limit_inside_the_interval_is_open() -> None:
+    """Neither surely below nor surely above."""
+    verdict = _judge(lambda t: 0.5e6 * t, 0, 2e6)
+    assert verdict.growth_rate_is_below(0.5e6) is None, f"{verdict}"
 
 
 def test_the_bounds_cover_the_truth_as_often_as_they_promise() -> None:
@@ -91,8 +149,16 @@ def test_the_bounds_cover_the_truth_as_often_as_they_promise() -> None:
 def test_the_floor_is_the_callers() -> None:
     """The same trace is a leak under a floor and none above it."""
     used = BASE_BYTES + 1e6 * T_S
-    verdicts = [judge(T_S, used, floor_bytes_per_s=floor).verdict for floor in (0.9e6, 1.1e6)]
+    verdicts = [judge(T_S, used, floor=floor).verdict for floor in (0.9e6, 1.1e6)]
     assert verdicts == ["leak", "no_leak"], f"{verdicts} for floors of 0.9 and 1.1 MB/s"
+
+
+def test_cycles_have_a_floor_of_their_own() -> None:
+    """5 kB a cycle is a leak by the cycle, and nothing by the second."""
+    cycles = np.arange(100.0)
+    by_cycle, by_second = (judge(cycles, 1e8 + 5e3 * cycles, unit=unit) for unit in ("cycle", "s"))
+    assert (by_cycle.verdict, by_second.verdict) == ("leak", "no_leak"), f"{by_cycle}, {by_second}"
+    assert "kB per cycle" in by_cycle.reason and by_cycle.plain()["slope_bytes_per_cycle"] == pytest.approx(5e3)
 
 
 @pytest.mark.parametrize(("samples", "verdict"), [(0, "inconclusive"), (23, "inconclusive"), (24, "leak")])
@@ -101,7 +167,7 @@ def test_too_little_is_inconclusive(samples: int, verdict: str) -> None:
     t = np.arange(samples, dtype=float)
     judged = judge(t, 1e6 * t)
     assert judged.verdict == verdict, f"{samples} samples: {judged}"
-    assert math.isnan(judged.slope_bytes_per_s) == (verdict == "inconclusive"), f"{samples} samples: {judged}"
+    assert math.isnan(judged.slope) == (verdict == "inconclusive"), f"{samples} samples: {judged}"
 
 
 def test_a_counter_at_zero_is_stable() -> None:
@@ -113,10 +179,10 @@ def test_a_counter_at_zero_is_stable() -> None:
 @pytest.mark.parametrize(
     ("t_s", "used", "confidence", "message"),
     [
-        ([0, 2, 1], [1, 1, 1], 0.99, r"t_s\[2\] is 1.0, after 2.0"),
-        ([0, 1, 1], [1, 1, 1], 0.99, "expected times that increase"),
+        ([0, 2, 1], [1, 1, 1], 0.99, r"at\[2\] is 1.0, after 2.0"),
+        ([0, 1, 1], [1, 1, 1], 0.99, "expected numbers that increase"),
         ([0, 1], [1, math.nan], 0.99, r"used_bytes\[1\] is nan"),
-        ([0, math.inf], [1, 1], 0.99, r"t_s\[1\] is inf"),
+        ([0, math.inf], [1, 1], 0.99, r"at\[1\] is inf"),
         ([0, 1], [1], 0.99, r"shape \(2,\), used_bytes \(1,\)"),
         ([[0, 1]], [[1, 1]], 0.99, "one dimension"),
         ([0, 1], [1, 1], 1.0, "confidence is 1.0"),
@@ -126,3 +192,94 @@ def test_bad_input_is_refused(t_s: list[float], used: list[float], confidence: f
     """The message says where and what."""
     with pytest.raises(ValueError, match=message):
         judge(t_s, used, confidence=confidence)
+
+
+@pytest.mark.parametrize("options", [{"unit": "hour"}, {"floor": -1.0}, {"floor": math.nan}])
+def test_bad_options_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is "):
+        judge([0, 1], [1, 1], **options)
+
+
+# The command.
+
+
+def _lines(shape: Shape, header: str = "t_s,bytes") -> str:
+    noise = np.random.default_rng(0).normal(0, 1e5, len(T_S))
+    rows = zip(T_S.tolist(), (BASE_BYTES + shape(T_S) + noise).tolist(), strict=True)
+    return "\n".join([header, *(f"{t},{used:.0f}" for t, used in rows)]) + "\n"
+
+
+def _command(
+    text: str, *arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, dict[str, Any], str]:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    status = leaks.main(["-", *arguments])
+    said = capsys.readouterr()
+    return status, json.loads(said.out), said.err
+
+
+@pytest.mark.parametrize(
+    ("shape", "status", "verdict"),
+    [(HEALTHY["steady"], 0, "no_leak"), (lambda t: 1e5 * t, 1, "leak")],
+)
+def test_the_command_judges_a_file(shape: Shape, status: int, verdict: str, tmp_path: Path) -> None:
+    """As a user would: one JSON object, the exit status, and nothing else is imported but NumPy."""
+    path = tmp_path / "trace.csv"
+    # As a spreadsheet writes it.
+    path.write_text("\ufeff" + _lines(shape).replace("\n", "\r\n"), encoding="utf-8")
+    program = (
+        "import sys; from qualification import leaks; status = leaks.main(sys.argv[1:]); "
+        "print(sorted({'psutil', 'pytest', 'torch', 'onnxruntime'} & set(sys.modules))); raise SystemExit(status)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(path)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    said, imported = done.stdout.splitlines()
+    found = json.loads(said)
+    assert (done.returncode, found["verdict"], imported) == (status, verdict, "[]"), done.stdout + done.stderr
+    assert set(found) >= {"verdict", "slope_bytes_per_s", "lower", "upper", "reason"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "the header is ''"),
+        ("time,bytes\n1,2\n", "expected t_s,bytes or cycle,bytes"),
+        ("t_s,rss\n1,2\n", "expected t_s,bytes or cycle,bytes"),
+        ("t_s,bytes\n0,1\n2,1\n1,1\n", "line 4: t_s is 1, after 2: expected it to increase"),
+        ("t_s,bytes\n0,1\n0,1\n", "line 3: t_s is 0, after 0: expected it to increase"),
+        ("t_s,bytes\n0,nan\n", "line 2 has '0,nan': expected finite numbers"),
+        ("t_s,bytes\ninf,1\n", "line 2 has 'inf,1': expected finite numbers"),
+        ("t_s,bytes\n0,many\n", "line 2 is '0,many': expected numbers for t_s,bytes"),
+        ("t_s,bytes\n0\n", "line 2 is '0': expected numbers for t_s,bytes"),
+    ],
+)
+def test_a_bad_trace_is_said_clearly(
+    text: str, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, found, said = _command(text, monkeypatch=monkeypatch, capsys=capsys)
+    assert (status, found["verdict"]) == (2, "inconclusive"), f"{found}"
+    assert message in found["reason"] and message in said, f"{found} {said}"
+
+
+def test_too_few_rows_and_numbers_that_are_none_are_json(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, found, _ = _command("cycle,bytes\n1,5\n2,6\n", monkeypatch=monkeypatch, capsys=capsys)
+    assert (status, found["verdict"], found["slope_bytes_per_cycle"]) == (2, "inconclusive", None), f"{found}"
+    assert found["reason"] == "2 readings: at least 24 are needed"
+
+
+def test_the_options_of_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another column, and another floor."""
+    text = _lines(lambda t: 1e5 * t, "t_s,uss_bytes")
+    status, found, _ = _command(text, "--column", "uss_bytes", monkeypatch=monkeypatch, capsys=capsys)
+    assert (status, found["verdict"]) == (1, "leak"), f"{found}"
+    options = ("--column", "uss_bytes", "--floor", "200000")
+    assert _command(text, *options, monkeypatch=monkeypatch, capsys=capsys)[0] == 0
+
+
+def test_a_file_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert leaks.main(["nowhere.csv"]) == 2
+    said = capsys.readouterr()
+    assert "nowhere.csv" in said.err and json.loads(said.out)["verdict"] == "inconclusive"

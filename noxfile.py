@@ -54,6 +54,8 @@ DEVELOPMENT = "dev"
 #: What is selected of it, by kind of session. The whole sweep has sessions of its own.
 SELECTED = {"memory-quick": "not slow", "memory-soak": "not (sweep and slow)", "memory-sweep": "sweep and slow"}
 QUICK = "memory-quick"
+#: What takes hours goes on where it was cut off.
+RESUMED = {"memory-soak": ("--resume",)}
 #: What the sessions over an environment ask of its cells, by the session of the cell: which kind of session, and the
 #: arguments for pytest. They come before it: it is queued by them. Quick, full and sweeping runs share a cell's virtual
 #: environment in this way, and so do not install it twice.
@@ -79,6 +81,8 @@ VALUED = (
 )
 CELL_GROUPS = ("qualification", "optional")
 DEVELOPMENT_GROUPS = ("tests", "lint")
+#: Pinned for development too, but installed for one benchmark alone.
+LEAKS_BENCH_GROUPS = ("tests", "leaks-bench")
 
 
 def groups(*names: str) -> list[str]:
@@ -244,6 +248,7 @@ def run_cell(session: nox.Session, backend: Declared, environment: str) -> None:
                 *("python", "-m", "pytest", "-c", "pytest_memory.ini", *files, "-v"),
                 *("-m", marks),
                 *(*rest, "--backend", backend.name),
+                *RESUMED.get(kind, ()),
                 env={"PLIMSOLL_ENVIRONMENT": environment},
             )
         except nox.command.CommandFailed:
@@ -405,6 +410,16 @@ def bench(session: nox.Session) -> None:
     session.run("python", "-m", "benchmarks.engine_cost", *session.posargs)
 
 
+@nox.session(name="bench-leaks", reuse_venv=True, tags=["bench"])
+def bench_leaks(session: nox.Session) -> None:
+    """Measure how often the verdict on leaks is wrong: well over an hour, and minutes with -- --quick.
+
+    Arguments after -- go to benchmarks.leaks. What was cut off goes on where it was.
+    """
+    install(session, DEVELOPMENT, groups(*LEAKS_BENCH_GROUPS), without_accelerator(DEVELOPMENT))
+    session.run("python", "-m", "benchmarks.leaks", *session.posargs)
+
+
 def generated(body: str) -> str:
     """Put the first line on a file of pins: it tells an edit by hand, without asking an index."""
     digest = hashlib.sha256(body.encode()).hexdigest()
@@ -426,7 +441,8 @@ def resolve(session: nox.Session, environment: str, prefer: str) -> str:
         for backend, source in zip(backends, sources.values(), strict=True):
             source.write_text("\n".join(backend.needs[environment].dependencies), encoding="utf-8")
         oldest = ".".join(map(str, MINIMUM_PYTHON))
-        chosen = DEVELOPMENT_GROUPS if environment == DEVELOPMENT else CELL_GROUPS
+        every = dict.fromkeys((*DEVELOPMENT_GROUPS, *LEAKS_BENCH_GROUPS))
+        chosen = every if environment == DEVELOPMENT else CELL_GROUPS
         session.run(
             *("uv", "pip", "compile", *map(str, sources.values()), *(f"--group={group}" for group in chosen)),
             *("--universal", "--python-version", oldest, "--no-header", "--quiet"),

@@ -137,7 +137,7 @@ def _by_phase(grown: Mapping[str, Counter[str]], turns: int) -> list[str]:
     for phase, series in grown.items():
         parts = [f"{series[name] / 1e3 / turns:+.1f} kB {what}" for name, what in MEMORY.items() if series[name]]
         parts += [f"{series[name]:+d} {name}" for name in ("descriptors", "threads", "children") if series[name]]
-        lines.append(f"  {phase}: {', '.join(parts) or 'nothing'} (memory: each turn)")
+        lines.append(f"  {phase}: {', '.join(parts) or 'nothing'} (memory: each turn, with what following it takes)")
     return lines
 
 
@@ -152,7 +152,7 @@ def _by_site(before: tracemalloc.Snapshot, after: tracemalloc.Snapshot, turns: i
     lines = ["  allocated by Python and kept:" + ("" if more else " next to nothing. In a worker, or native code?")]
     for each in more[:SHOWN_MAX]:
         frames = list(each.traceback)
-        ours = [frame for frame in frames if Path(frame.filename).is_relative_to(ROOT)]
+        ours = [frame for frame in frames if frame.filename != __file__ and Path(frame.filename).is_relative_to(ROOT)]
         shown = list(dict.fromkeys([*ours[-2:], frames[-1]]))
         where = " -> ".join(f"{_short(frame.filename)}:{frame.lineno}" for frame in shown)
         kilobytes = each.size_diff / turns / 1e3

@@ -36,9 +36,13 @@ class Growth:
 
     @property
     def series(self) -> str:
-        """The series with the worst verdict; of several, the one that grew most."""
-        by_verdict = {name: _WORST_FIRST.index(each.verdict) for name, each in self.verdicts.items()}
-        return min(by_verdict, key=lambda name: (by_verdict[name], -_number(self.verdicts[name].slope)))
+        """The series with the worst verdict; of several an exact counter, and of those the one that grew most."""
+
+        def rank(name: str) -> tuple[int, bool, float]:
+            verdict = self.verdicts[name]
+            return _WORST_FIRST.index(verdict.verdict), name not in EXACT, -_number(verdict.slope)
+
+        return min(self.verdicts, key=rank)
 
     @property
     def worst(self) -> leaks.LeakVerdict:
@@ -46,9 +50,9 @@ class Growth:
         return self.verdicts[self.series]
 
     @property
-    def slope(self) -> float:
-        """The slope of the series that grew fastest, bytes per second or cycle; NaN before there is a verdict."""
-        return max((each.slope for each in self.verdicts.values()), key=_number)
+    def leaking(self) -> list[str]:
+        """The series that leak."""
+        return [name for name, each in self.verdicts.items() if each.verdict == "leak"]
 
     @property
     def upper(self) -> float:

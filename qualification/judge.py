@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from backends.contract import FaultRecord
+from backends.contract import FaultRecord, Provenance
 from qualification.criteria import Criterion
 
 Write = Callable[..., None]
@@ -60,6 +60,8 @@ class Judge:
     write: Write
     verdicts: list[Verdict] = field(default_factory=list)
     evidence: list[str] = field(default_factory=list)
+    #: What was written to the records, as it was.
+    written: list[dict[str, Any]] = field(default_factory=list)
     #: The last line of a failure, instead of the promises that were broken.
     complaint: str = ""
 
@@ -118,20 +120,34 @@ class Judge:
         names = ", ".join(each.name for each in self.criteria)
         raise ValueError(f"{self.test} has no open criterion {name!r}: it has {names}, and each is judged once")
 
+    def take(self, written: Sequence[Mapping[str, Any]], reason: str) -> None:
+        """Take verdicts that another run had ``written`` as those of this one, and say so in their reasons."""
+        for fields in written:
+            fault = None
+            if fields["provenance"] is not None or fields["points_seen"]:
+                provenance = None if fields["provenance"] is None else Provenance(fields["provenance"])
+                counts = (fields["points_seen"], fields["faults_fired"], fields["absorbed"])
+                fault = FaultRecord(*counts, provenance)
+            why = "; ".join(each for each in (fields["reason"], reason) if each)
+            verdict = Verdict(self._open(fields["criterion"]), fields["verdict"], fields["value"], fault, why)
+            self._add(verdict, fields["series"])
+
     def _add(self, verdict: Verdict, series: Mapping[str, Any] | None) -> None:
         self.verdicts.append(verdict)
         fault = verdict.fault
-        self.write(
-            test=self.test,
-            criterion=verdict.criterion.name,
-            verdict=verdict.verdict,
-            value=verdict.value,
-            limit=verdict.criterion.limit,
-            unit=verdict.criterion.unit,
-            provenance=fault.provenance.value if fault and fault.provenance else None,
-            points_seen=fault.points_seen if fault else 0,
-            faults_fired=fault.faults_fired if fault else 0,
-            absorbed=fault.absorbed if fault else 0,
-            reason=verdict.reason,
-            series=series,
-        )
+        fields = {
+            "test": self.test,
+            "criterion": verdict.criterion.name,
+            "verdict": verdict.verdict,
+            "value": verdict.value,
+            "limit": verdict.criterion.limit,
+            "unit": verdict.criterion.unit,
+            "provenance": fault.provenance.value if fault and fault.provenance else None,
+            "points_seen": fault.points_seen if fault else 0,
+            "faults_fired": fault.faults_fired if fault else 0,
+            "absorbed": fault.absorbed if fault else 0,
+            "reason": verdict.reason,
+            "series": series,
+        }
+        self.written.append(fields)
+        self.write(**fields)

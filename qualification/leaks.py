@@ -154,6 +154,12 @@ def judge(
     return LeakVerdict(verdict, slope, lower, upper, growth_bytes, stability, float(judged[0]), unit, reason)
 
 
+def warm_up() -> None:
+    """Judge something once: NumPy takes memory of its own at first, which is not to be read as the subject's."""
+    for n in (SAMPLES_MIN, 4 * SAMPLES_MIN):
+        judge(np.arange(n), np.arange(n) % 5)
+
+
 def _checked(at: ArrayLike, used_bytes: ArrayLike) -> tuple[Floats, Floats]:
     t, used = np.asarray(at, dtype=np.float64), np.asarray(used_bytes, dtype=np.float64)
     if t.ndim != 1 or t.shape != used.shape:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qualification import leaks
 from qualification.attribution import OPENED, kept, what_is_open
 from qualification.gpu import Card
 from qualification.sampling import Sampler
@@ -70,6 +71,7 @@ def quiesce(subject: Subject, timeout_s: float = 60.0) -> None:
 
 def sampler_of(subject: Subject, card: Card | None, *, card_is_ours: bool) -> Sampler:
     """Make a sampler of a subject's processes, with the exact counters that it offers, and of the card it is on."""
+    leaks.warm_up()
     return Sampler(
         subject.process_ids,
         workers_heap_bytes=getattr(subject, "workers_heap_bytes", None),

@@ -31,6 +31,7 @@ from qualification.judge import Judge
 from qualification.observe import sampler_of
 from qualification.progress import Progress
 from qualification.records import RecordError
+from qualification.resume import TestByTest
 from qualification.run import (
     DEFAULT_AUDIO,
     DEFAULT_RESULTS,
@@ -91,6 +92,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="let kernels trap on the GPU: its driver logs Xids, which monitors act on",
     )
 
+    group.addoption(
+        "--resume",
+        action="store_true",
+        help="go on where an earlier run of the same was cut off, test by test",
+    )
     group.addoption(
         "--point", metavar="NAME", type=_point, help="repeat one point of the sweep, and nothing else of it"
     )
@@ -218,6 +224,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         path = run.begin_records(config.getoption("--results"))
     except Refused as error:
         raise pytest.UsageError(str(error)) from error
+    if config.getoption("--resume"):
+        kept = Unfinished(
+            Path(config.getoption("--results")) / f"unfinished-{run.environment}-{run.backend.name}-tests.json",
+            run.resume_key(),
+        )
+        config.pluginmanager.register(TestByTest(kept, lambda item: item.stash.get(_JUDGE, None)))
     log = path.with_suffix(".log")
     # As private as the records.
     log.touch(mode=0o600)
@@ -374,6 +386,9 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for report in terminalreporter.stats.get("not run", []):
         terminalreporter.write_line(f"NOT RUN {report.nodeid} - {dict(report.user_properties)[_NOT_RUN]}")
     run = terminalreporter.config.stash.get(_RUN, None)
+    for plugin in terminalreporter.config.pluginmanager.get_plugins():
+        if isinstance(plugin, TestByTest) and plugin.taken:
+            terminalreporter.write_line(f"{len(plugin.taken)} tests were not run again: see --resume")
     if run is not None and run.records is not None:
         for note in run.notes:
             terminalreporter.write_line(note)

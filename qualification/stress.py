@@ -24,26 +24,26 @@ from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
-import numpy as np
 import psutil
 
-from backends.contract import Allocation, Backend, Capability
+from backends.contract import Allocation, Backend, Capability, MemoryReading
 from backends.errors import classify
 from backends.faults.ballast import HostBallast, free
 from backends.host import available_bytes
 from backends.model import DEFAULT_MODEL, SAMPLE_RATE_HZ
-from qualification import leaks
+from qualification import growth, leaks, plot
+from qualification.attribution import attribute, opened_at_rest
 from qualification.criteria import Criterion
 from qualification.host import MB
 from qualification.judge import Judge
-from qualification.observe import counts, left_behind, quiesce
+from qualification.live import Live, Slope, View, known, where
+from qualification.observe import Left, can_rest, counts, left_behind, quiesce, sampler_of
 from qualification.platform_check import MINIMUM_FREE_DISK_BYTES, disk_refusal, gib
-from qualification.progress import Progress
 from qualification.records import RecordError
 from qualification.run import DEFAULT_AUDIO, DEFAULT_RESULTS, Refused, Run, prepare
-from qualification.sampling import Sample, Sampler
+from qualification.sampling import UNREAD, Sample, Sampler
 from qualification.stream import Stream, unanswered, untiled
-from qualification.subject import DEFAULT_SUBJECT, EVENT_KINDS, Result, Subject, SubjectContext
+from qualification.subject import DEFAULT_SUBJECT, Result, Subject, SubjectContext
 
 EXIT_GOOD = 0
 EXIT_FAILED = 1
@@ -79,13 +79,11 @@ SAMPLE_EVERY_LEAST_S = 1.0
 LEAKS_AFTER_S = 60.0
 PAUSE_S = 1.0
 DRAIN_S = 60.0
-SHOW_EVERY_S = 0.5
 #: A spool of float32 audio takes 64 kB/s; with its results, less than this.
 SPOOL_BYTES_PER_S = 100_000
 #: The neighbour outlives the run by this much: the time to start, to drain and to be late.
 NEIGHBOUR_SLACK_S = 600.0
 _RESERVE_BYTES = 1 << 30
-_SERIES = {"rss_bytes": "resident", "heap_used_bytes": "heap", "device_used_bytes": "device"}
 
 _HELP = """\
 The subject records real speech in real time, in blocks of 100 ms, and recording is stopped for a moment and started
@@ -170,7 +168,8 @@ def _main(options: argparse.Namespace, words: Sequence[str], ending: Ending) -> 
 
             judge = Judge(TEST, CRITERIA, run.write)
             workdir = Path(tempfile.mkdtemp(prefix="plimsoll-stress-"))
-            recording = Recording(run, backend, duration_s, options.toggle_interval, neighbour.process_id)
+            planted = f"{options.gpu_pressure} MB on the device, {options.cpu_pressure} MB on the host"
+            recording = Recording(run, backend, duration_s, options.toggle_interval, neighbour.process_id, planted)
             try:
                 recording.run(workdir, ending)
             except KeyboardInterrupt:
@@ -182,7 +181,8 @@ def _main(options: argparse.Namespace, words: Sequence[str], ending: Ending) -> 
     print("\n".join([*recording.summary(), *_table(judge)]))
     for verdict in judge.failed:
         print("", *verdict.lines(shlex.join(["python", "tests/test_memory_protection.py", *words])), sep="\n")
-    print(f"\nrecords: {path}")
+    print(f"\nrecords: {path}", flush=True)
+    print(recording.plot(path.with_suffix(".svg")))
     if judge.failed:
         print(f"the subject's files are kept: {workdir}")
     else:
@@ -333,46 +333,55 @@ class Recording:
     """One recording under pressure: what was fed, what was read at rest, and what went wrong."""
 
     def __init__(
-        self, run: Run, backend: Backend, duration_s: float, toggle_interval_s: float, neighbour_id: int
+        self, run: Run, backend: Backend, duration_s: float, toggle_interval_s: float, neighbour_id: int, planted: str
     ) -> None:
-        """Prepare to record; nothing is started."""
+        """Prepare to record; nothing is started. ``planted`` says what is held."""
         self._run, self._backend, self._neighbour_id = run, backend, neighbour_id
-        self._duration_s, self._toggle_interval_s = duration_s, toggle_interval_s
+        self._duration_s, self._toggle_interval_s, self._planted = duration_s, toggle_interval_s, planted
         self._stream = Stream(run.samples)
-        self._process_ids: Callable[[], Sequence[int]] = tuple
-        self._sampler = Sampler(lambda: self._process_ids(), card=run.card.uuid if run.card else None)
-        self._progress = Progress("stress", duration_s, _write, sys.stdout.isatty())
-        self._slope_bytes_per_s: float | None = None
+        self._sampler = Sampler()
+        # When the sampler's time is 0, as the time that events have.
+        self._zero_s = time.time()
+        self._live = Live("stress", duration_s)
+        self._slope_at: tuple[Sample | None, Slope | None] = None, None
         self._elapsed_s = 0.0
         self._spoken = self._accepted = 0
         self._toggles = self._toggles_failed = self._pressure_lost = 0
         self._first: Sample | None = None
-        self._left: dict[str, int] | None = None
+        self._device_limit_bytes: int | None = None
+        self._left: Left | None = None
+        self._growth: growth.Growth | None = None
+        self._looked_into: list[str] = []
         self._crash = self._ended_by = ""
         self._results: Sequence[Result] = ()
         self._told: Counter[str] = Counter()
+        self._events: list[tuple[float, str]] = []
 
     def run(self, workdir: Path, ending: Ending) -> None:
         """Record until the time is over, the subject fails, or an end is asked for; then end the subject."""
-        device = self._backend.device
-        limit_bytes = self._backend.memory().limit_bytes
+        device, memory = self._backend.device, self._backend.memory()
+        limit_bytes, self._device_limit_bytes = memory.limit_bytes, _bound_bytes(memory)
         limits = {} if limit_bytes is None else {"device_limit_bytes": limit_bytes}
-        with self._progress, ExitStack() as stack, self._noting_a_crash():
+        with self._live, ExitStack() as stack, self._noting_a_crash():
             subject = self._run.factory(SubjectContext(workdir, self._backend, device, self._run.model, limits))
             stack.callback(self._end, subject)
-            self._process_ids = subject.process_ids
+            self._sampler = sampler_of(subject, self._run.card, card_is_ours=not self._run.allow_shared_gpu)
+            self._zero_s = time.time()
             self._speak(subject, WARM_UP_SAMPLES)
-            first = self._first = self._sample(subject)
+            self._first = self._sample(subject)
+            opened = opened_at_rest(subject.process_ids)
             ending.in_order = True
             self._record(subject, ending)
             self._ended_by = ending.asked
             subject.drain(DRAIN_S)
             self._sample(subject)
-            self._left = left_behind(subject, first)
+            self._left = left_behind(subject, opened)
+            self._growth = self._judge_growth(subject)
+            self._looked_into = self._look_into(subject)
 
     def _record(self, subject: Subject, ending: Ending) -> None:
         began_s = next_block_s = time.monotonic()
-        sample_at_s, toggle_at_s, show_at_s = began_s + self._sample_every_s, began_s + self._toggle_interval_s, began_s
+        sample_at_s, toggle_at_s = began_s + self._sample_every_s, began_s + self._toggle_interval_s
         while not ending.asked and (now_s := time.monotonic()) - began_s < self._duration_s:
             self._elapsed_s = now_s - began_s
             if now_s >= toggle_at_s:
@@ -385,9 +394,7 @@ class Recording:
             if now_s >= sample_at_s:
                 self._sample(subject)
                 sample_at_s = max(sample_at_s, now_s) + self._sample_every_s
-            if now_s >= show_at_s:
-                self._show(subject)
-                show_at_s = now_s + SHOW_EVERY_S
+            self._live.update(lambda: self._view(subject))
             # Real time: the next block has not been spoken yet.
             time.sleep(max(0.0, next_block_s - time.monotonic()))
         self._elapsed_s = time.monotonic() - began_s
@@ -413,30 +420,46 @@ class Recording:
         quiesce(subject)
         sample = self._sampler.sample(self._backend.memory().used_bytes)
         self._pressure_lost += not _alive(self._neighbour_id)
-        t_s, used = self._sampler.series("rss_bytes")
-        if len(t_s) >= leaks.SAMPLES_MIN:
-            self._slope_bytes_per_s = leaks.judge(t_s, used).slope_bytes_per_s
         return sample
 
     @property
     def _sample_every_s(self) -> float:
         return max(SAMPLE_EVERY_LEAST_S, self._duration_s / SAMPLES_PER_RUN)
 
-    def _show(self, subject: Subject) -> None:
-        events = subject.events()
-        left = timedelta(seconds=int(self._duration_s - self._elapsed_s))
-        self._progress.update(
-            self._sampler.last.rss_bytes,
-            self._slope_bytes_per_s,
-            # What a narrow terminal cuts off is the least.
-            f"{left} left, device {self._backend.memory().fraction:.0%}, on {subject.device()}, "
-            f"{_known(events[-1].kind) if events else 'no event'}, host {psutil.virtual_memory().percent:.0f}%",
+    def _slope(self) -> Slope | None:
+        """Give the slope so far. To judge takes time and memory itself: once for a sample, and only to be shown."""
+        last, (at, slope) = self._sampler.last, self._slope_at
+        if last is not at:
+            t_s, used = self._sampler.readings("uss_bytes")
+            if len(t_s) >= leaks.SAMPLES_MIN:
+                verdict = leaks.judge(t_s, used)
+                slope = verdict.slope, verdict.lower, verdict.upper
+            self._slope_at = last, slope
+        return slope
+
+    def _view(self, subject: Subject) -> View:
+        last, memory, device = self._sampler.last, self._backend.memory(), self._backend.device
+        heaps = [each for each in (last.heap_used_bytes, last.workers_heap_bytes) if each != UNREAD]
+        return View(
+            elapsed_s=self._elapsed_s,
+            exact_bytes=sum(heaps) if heaps else None,
+            catch_all_bytes=last.uss_bytes,
+            slope=self._slope,
+            device=where(subject.device(), device),
+            device_used_bytes=memory.used_bytes,
+            device_limit_bytes=_bound_bytes(memory),
+            host_fraction=psutil.virtual_memory().percent / 100,
+            kinds=[event.kind for event in subject.events()],
+            toggles=self._toggles,
+            toggles_failed=self._toggles_failed,
+            planted=self._planted,
         )
 
     def _end(self, subject: Subject) -> None:
         """Take in what the subject made and told, and close it, whatever became of it."""
         with self._noting_a_crash():
             self._told = counts(subject)
+            self._events = plot.run_times(subject.events(), self._zero_s)
         with self._noting_a_crash():
             self._results = list(subject.results())
         with self._noting_a_crash():
@@ -467,54 +490,94 @@ class Recording:
         if self._first is not None and self._sampler.last is not self._first:
             judge("pressure_lost", self._pressure_lost)
         if self._left is not None:
-            judge("resources_left", sum(self._left.values()))
-        verdicts = self._leak_verdicts()
-        if not verdicts:
+            judge("resources_left", self._left.total)
+        series = self._sampler.recorded() if self._first is not None else None
+        found = self._growth
+        if found is None:
             missing.append(
                 f"a verdict on leaks needs {LEAKS_AFTER_S:g} s and {leaks.SAMPLES_MIN} samples, "
                 f"one every {self._sample_every_s:g} s"
             )
         else:
-            resident, span_s = verdicts["rss_bytes"], float(np.ptp(self._sampler.series("rss_bytes")[0]))
-            found = sum(each.verdict == "leak" for each in verdicts.values())
-            judge("leak_detected", found, series=self._sampler.recorded())
-            judge("growth_rate", resident.slope_bytes_per_s / MB)
-            judge("total_growth", resident.upper * span_s / MB)
-        judge.end("not_run", "the subject failed before this could be judged" if self._crash else "; ".join(missing))
+            if found.worst.verdict == "inconclusive":
+                missing.append(found.reason)
+            else:
+                judge("leak_detected", len(found.leaking), series=series)
+                series = None
+            # Either all of the interval is below a limit, or all above it, or more has to be read.
+            for name, scale in (("growth_rate", 1.0), ("total_growth", found.span)):
+                upper, lower = found.upper * scale / MB, found.lower * scale / MB
+                if lower < judge.limit(name) <= upper:
+                    missing.append(f"{name} is between {lower:.3g} and {upper:.3g}")
+                else:
+                    judge(name, upper)
+        reason = "the subject failed before this could be judged" if self._crash else "; ".join(missing)
+        judge.end("not_run", reason, series)
 
     def summary(self) -> list[str]:
         """Say in a few lines what happened."""
-        asked, took = (timedelta(seconds=round(each)) for each in (self._duration_s, self._elapsed_s))
         spoken, answered = self._spoken, self._spoken - unanswered(self._results, self._spoken)
         gaps, overlaps = untiled(self._results, self._accepted)
         lines = [
             "",
-            f"stress: {took} of {asked}" + (f", ended by {self._ended_by}" if self._ended_by else ""),
+            f"stress: {self._took}" + (f", ended by {self._ended_by}" if self._ended_by else ""),
             f"  answered   {answered} of {spoken} samples ({spoken / SAMPLE_RATE_HZ:.1f} s), "
             f"{self._accepted} accepted, {gaps} gaps, {overlaps} overlaps",
             f"  toggles    {self._toggles}, {self._toggles_failed} failed",
-            "  events     " + (", ".join(f"{_known(kind)} {n}" for kind, n in self._told.items()) or "none"),
-            "  left       " + (", ".join(f"{n} {name}" for name, n in (self._left or {}).items()) or "not known"),
+            "  events     " + (", ".join(f"{known(kind)} {n}" for kind, n in self._told.items()) or "none"),
+            f"  left       {self._left or 'not known'}",
+            f"  sampling   {self._sampler.cost[0] / MB:.2f} MB, {self._sampler.cost[1]:.2%} of the time",
         ]
-        verdicts = self._leak_verdicts()
-        for name in self._sampler.memory_series if self._first else ():
-            verdict, used = verdicts.get(name), self._sampler.series(name)[1]
-            slope = "no verdict yet"
-            if verdict is not None:
-                bounds = f"{verdict.slope_bytes_per_s / MB:+.4f} [{verdict.lower / MB:+.4f}, {verdict.upper / MB:+.4f}]"
-                slope = f"{verdict.verdict.replace('_', ' ')}, {bounds} MB/s"
-            lines.append(f"  {_SERIES[name]:<10} {slope}, {(used[-1] - used[0]) / MB:+.1f} MB from first to last")
+        if self._first is not None and self._growth is None:
+            lines.append("  memory     no verdict yet")
+        elif self._growth is not None:
+            lines += ["", *growth.table(self._sampler, self._growth)]
+            lines.append(f"{self._growth.worst.verdict.replace('_', ' ')}: {self._growth.reason}")
         if self._crash:
             # One line, and no control characters: the text may be a subject's.
             lines.append("  crash      " + "".join(c if c.isprintable() else " " for c in self._crash))
-        return lines
+        return [*lines, *self._looked_into]
 
-    def _leak_verdicts(self) -> dict[str, leaks.LeakVerdict]:
-        """Judge each series; none before there is enough to judge by."""
-        t_s = self._sampler.series("rss_bytes")[0]
+    def plot(self, path: Path) -> str:
+        """Plot memory and events into a file, and say so, or why not."""
+        verdicts = self._growth.verdicts if self._growth is not None else {}
+        try:
+            failed = plot.write(
+                path,
+                self._sampler.recorded(),
+                self._events,
+                title=f"stress {self._took}: {self._run.subject_spec} on {self._run.backend.name}, {self._planted}",
+                verdicts={name: plot.slope_text(each) for name, each in verdicts.items()},
+                judged_from_s={name: each.judged_from for name, each in verdicts.items()},
+                device_limit_bytes=self._device_limit_bytes,
+            )
+        except KeyboardInterrupt:
+            # The verdict is there already.
+            failed = "interrupted"
+        return f"plot: none, {failed}" if failed else f"plot: {path}"
+
+    @property
+    def _took(self) -> str:
+        took, asked = (timedelta(seconds=round(each)) for each in (self._elapsed_s, self._duration_s))
+        return f"{took} of {asked}"
+
+    def _judge_growth(self, subject: Subject) -> growth.Growth | None:
+        """Judge what grew; None before there is enough to judge by."""
+        t_s = self._sampler.series("uss_bytes")[0]
         if len(t_s) < leaks.SAMPLES_MIN or t_s[-1] - t_s[0] < LEAKS_AFTER_S:
-            return {}
-        return {name: leaks.judge(*self._sampler.series(name)) for name in self._sampler.memory_series}
+            return None
+        return growth.judge(self._sampler, minima=not can_rest(subject))
+
+    def _look_into(self, subject: Subject) -> list[str]:
+        """Repeat the work and name what stays, where something does."""
+        leaks_ = self._growth is not None and self._growth.worst.verdict == "leak"
+        if not leaks_ and not (self._left and self._left.total):
+            return []
+        phases: dict[str, Callable[[], object]] = {
+            "recording 8 s": lambda: self._speak(subject, 8 * SAMPLE_RATE_HZ),
+            "toggle": lambda: (subject.toggle(), subject.toggle()),
+        }
+        return ["", *attribute(phases, lambda: self._sample(subject), subject.process_ids)]
 
 
 def _table(judge: Judge) -> list[str]:
@@ -540,9 +603,9 @@ def _conclude(judge: Judge) -> tuple[int, str]:
     return EXIT_GOOD, "PASS: every criterion holds"
 
 
-def _known(kind: str) -> str:
-    """Give an event's kind, if it is one: whatever else it says does not reach the terminal."""
-    return str(kind) if kind in EVENT_KINDS else "unknown"
+def _bound_bytes(memory: MemoryReading) -> int:
+    """Say what may be used of a device, or of all there is."""
+    return memory.total_bytes if memory.limit_bytes is None else min(memory.limit_bytes, memory.total_bytes)
 
 
 def _alive(process_id: int) -> bool:
@@ -550,11 +613,6 @@ def _alive(process_id: int) -> bool:
         return bool(psutil.Process(process_id).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":

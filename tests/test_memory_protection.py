@@ -511,12 +511,14 @@ class TestGPUFallback:
             "toggle": toggle,
         }
         growth.tell(judge, sampler, found, lambda: attribute(phases, read, subject.process_ids))
+        judge.say(f"left behind: {left}")
+        if left.total and not judge.complaint:
+            judge.say("\n".join(attribute(phases, read, subject.process_ids)))
         judge("toggles_failed", toggles_failed)
         judge("transitions_missing", missing, fault=record)
         judge("answers_wrong", mistakes, fault=record)
         judge("memory_excess", max(0, after.uss_bytes - before.uss_bytes) / MB)
         judge("leak_detected", found.worst.verdict != "no_leak", series=series)
-        judge.say(f"left behind: {left}")
         judge("resources_left", left.total)
 
 

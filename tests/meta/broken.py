@@ -21,6 +21,7 @@ from protection.policy import Policy
 from protection.spool import AudioError, FloatArray, Result, Spool, SpoolError
 from protection.worker_engine import WorkerEngine
 from protection.worker_process import WorkerLost
+from tests.meta import broken_workers
 
 healthy = ships.factory
 #: In the environment of a process that the tests started, and that may end.
@@ -65,18 +66,6 @@ class _SilentEvents(Events):
 
 def falls_back_silently(context: Any) -> DictationPipeline:
     return _with(context, Events=_SilentEvents)
-
-
-class _KeepingPipeline(DictationPipeline):
-    """Keeps a reference to every buffer that it was fed."""
-
-    def feed(self, start: int, block: FloatArray) -> int:
-        self.__dict__.setdefault("kept", []).append(block)
-        return super().feed(start, block)
-
-
-def keeps_every_buffer(context: Any) -> DictationPipeline:
-    return _with(context, DictationPipeline=_KeepingPipeline)
 
 
 class _ZeroingEngine(WorkerEngine):
@@ -246,19 +235,6 @@ def acknowledges_the_block_that_meets_the_full_disk(context: Any) -> DictationPi
     return _with(context, Spool=_HopefulSpool)
 
 
-class _LeakyPipeline(DictationPipeline):
-    """Leaves a descriptor and a thread behind at each toggle."""
-
-    def toggle(self) -> bool:
-        os.open("/dev/null", os.O_RDONLY)
-        threading.Thread(target=threading.Event().wait, daemon=True).start()
-        return super().toggle()
-
-
-def leaks_at_each_toggle(context: Any) -> DictationPipeline:
-    return _with(context, DictationPipeline=_LeakyPipeline)
-
-
 class _UncountingPipeline(DictationPipeline):
     """Forgets its out-of-memory errors."""
 
@@ -351,3 +327,51 @@ def leaves_a_process_behind(context: Any) -> DictationPipeline:
         subprocess.Popen(["sleep", "20"], stdin=nothing, stdout=nothing, stderr=nothing, start_new_session=True)
     )
     return ships.factory(context)
+
+
+#: What is lost stays lost, whatever becomes of the pipeline.
+_lost: list[object] = []
+
+
+class _LosingEngine(WorkerEngine):
+    """Loses 20 kB with each chunk that it answers."""
+
+    def infer(self, features: FloatArray) -> FloatArray:
+        _lost.extend(bytearray(b"x") * 20_000 for _ in features)
+        return super().infer(features)
+
+
+def loses_20_kb_per_chunk(context: Any) -> DictationPipeline:
+    return _with(context, WorkerEngine=_LosingEngine)
+
+
+def loses_20_kb_per_chunk_in_its_worker(context: Any) -> DictationPipeline:
+    return _with_workers(context, "LosesMemory")
+
+
+class _OpeningPipeline(DictationPipeline):
+    """Leaves a descriptor behind at each toggle."""
+
+    def toggle(self) -> bool:
+        os.open("/dev/null", os.O_RDONLY)
+        return super().toggle()
+
+
+class _KeepingEngine(WorkerEngine):
+    """Leaves a thread behind at each recovery that ends on the fallback, and keeps 250 kB of what was on the device."""
+
+    def fall_back(self) -> None:
+        super().fall_back()
+        threading.Thread(target=threading.Event().wait, name="forgotten", daemon=True).start()
+        _lost.append(bytearray(b"x") * 250_000)
+
+
+def keeps_a_descriptor_a_thread_and_memory(context: Any) -> DictationPipeline:
+    return _with(context, DictationPipeline=_OpeningPipeline, WorkerEngine=_KeepingEngine)
+
+
+def _with_workers(context: Any, name: str) -> DictationPipeline:
+    """Make the pipeline with workers that are broken so, each that it starts."""
+    # Workers start later, too: it stays.
+    setattr(worker_process, "boot", broken_workers.boot_all(name))  # noqa: B010  # mypy knows no such attribute
+    return ships.factory(dataclasses.replace(context, policy={**context.policy, "fork_workers": False}))

@@ -39,6 +39,11 @@ def boot(*names: str) -> Boot:
     return broken
 
 
+def boot_all(name: str) -> Boot:
+    """Make a boot program that starts only workers of this class."""
+    return lambda parent, work, side: boot(name)(parent, work, side)
+
+
 def run(broken: type[worker._Worker]) -> None:
     """Begin as a worker of this class."""
     worker._Worker = broken  # type: ignore[misc]
@@ -308,3 +313,16 @@ class TalksAndDies(_Broken):
             os.write(2, _TALK)
         os.write(2, b"the mast went overboard\n")
         os.abort()
+
+
+class LosesMemory(worker._Worker):
+    """Loses 20 kB with each chunk that it answers."""
+
+    def __init__(self, work: Channel, side: Channel) -> None:
+        super().__init__(work, side)
+        self.lost: list[bytearray] = []
+
+    def _do(self, request: Frame) -> tuple[dict[str, Any], Any]:
+        if request.meta["do"] == "infer":
+            self.lost += [bytearray(b"x") * 20_000 for _ in range(request.meta["shape"][0])]
+        return super()._do(request)

@@ -56,17 +56,21 @@ def test_a_log_has_a_line_every_15_seconds(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level(logging.INFO, "plimsoll.progress"), screen.progress(is_terminal=False) as progress:
         for _ in screen.seconds(40, step_s=0.5):
             progress.update()
-    assert screen.written == ["soak 0:03 / 1:00\n", "soak 0:18 / 1:00\n", "soak 0:33 / 1:00\n"]
+    assert screen.written == [
+        "soak 0:03 / 1:00, 0:57 left\n",
+        "soak 0:18 / 1:00, 0:42 left\n",
+        "soak 0:33 / 1:00, 0:27 left\n",
+    ]
     assert [f"{message}\n" for message in caplog.messages] == screen.written
 
 
 def test_a_line_says_where_things_stand() -> None:
-    """Elapsed and total, memory, slope with its sign, and the text; control characters never get through."""
+    """Elapsed, total and left, memory, slope with its sign, and the text; control characters never get through."""
     screen = _Screen()
     progress = screen.progress(7200, is_terminal=False)
     screen.now_s += 3725
-    progress.update(123_456_789, 12_340, "cycle 7\n\x1b[31m of 9")
-    assert screen.written == ["soak 1:02:05 / 2:00:00, 123.5 MB, +0.012 MB/s, cycle 7  [31m of 9\n"]
+    progress.update(123_456_789, lambda: 12_340, "cycle 7\n\x1b[31m of 9")
+    assert screen.written == ["soak 1:02:05 / 2:00:00, 57:55 left, 123.5 MB, +0.012 MB/s, cycle 7  [31m of 9\n"]
 
 
 def test_a_shorter_line_covers_the_longer_one() -> None:

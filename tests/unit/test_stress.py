@@ -133,7 +133,9 @@ class Outcome:
 
 def outcome(status: int, output: str, results: Path) -> Outcome:
     (path,) = results.glob("*.jsonl")
-    assert f"records: {path}" in output
+    assert f"records: {path}\nplot: " in output
+    plot = path.with_suffix(".svg")
+    assert (f"plot: {plot}\n" in output) == plot.exists()
     return Outcome(status, output, records.read(path))
 
 
@@ -237,7 +239,7 @@ def test_a_long_enough_run_of_a_healthy_subject_is_green(run: Any, planted: Any)
     assert done.status == stress.EXIT_GOOD, done.output
     assert set(done.verdicts.values()) == {"pass"}
     (leak,) = [each for each in done.record.criteria if each["criterion"] == "leak_detected"]
-    assert len(leak["series"]["rss_bytes"]) >= 24
+    assert len(leak["series"]["uss_bytes"]) >= 24
 
 
 @pytest.mark.parametrize(

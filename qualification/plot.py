@@ -1,0 +1,330 @@
+"""A plot of memory against time, with what happened meanwhile: an SVG or a PNG, by matplotlib.
+
+    python -m qualification.plot results/RECORD.jsonl
+
+draws the series of a record. Without matplotlib nothing fails: what cannot be drawn is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qualification import leaks, records
+from qualification.live import PRESSURE_LEVELS, known
+from qualification.sampling import MEMORY
+from qualification.subject import STRATEGIES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Points = Iterable[Sequence[float | None]]
+Floats = NDArray[np.float64]
+Dashes = Literal["solid", "dashed", "dashdot", "dotted"]
+
+SUFFIXES = (".svg", ".png")
+EXIT_REFUSED = 2
+#: Of events closer to each other than this share of the time, one is drawn: nobody could tell them apart.
+EVENT_SPACING = 1 / 400
+#: More of a kind are drawn as short lines from the top: they would hide what they are about.
+EVENT_LINES_MAX = 60
+_NO_MATPLOTLIB = "matplotlib is not installed: pip install matplotlib"
+#: Okabe and Ito's colours, told apart by everyone; in print their dashes are. A kind is told by its marker.
+_BLUE, _SKY, _GREEN, _ORANGE, _RED = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00"
+_KINDS: tuple[tuple[str, Dashes, Sequence[str]], ...] = (
+    (_RED, "solid", ("oom_detected", "device_error", "worker_lost", "storage_failed", "chunk_set_aside")),
+    (_BLUE, "dashed", STRATEGIES),
+    (_GREEN, "dashdot", ("recovered", "returned_to_device")),
+    (_ORANGE, "dotted", ("pressure_warning", "pressure_critical", "pressure_emergency", "pressure_normal")),
+    ("black", "dotted", ("unknown",)),
+)
+_MARKERS = "osv^D*"
+#: By kind its colour, dashes and marker, in the order of the legend.
+EVENT_STYLES = {
+    kind: (colour, dashes, marker)
+    for colour, dashes, kinds in _KINDS
+    for kind, marker in zip(kinds, _MARKERS, strict=False)
+}
+_TIMES = (("h", 3600.0), ("min", 60.0), ("s", 1.0))
+#: Five hours are shown in hours, five minutes in minutes.
+_TIME_UNITS_LEAST = 5
+_STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.titlelocation": "left",
+    "legend.fontsize": 7,
+    # The same numbers give the same file.
+    "svg.hashsalt": "plimsoll",
+}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Series that share a time, with what belongs to them: see ``write``."""
+
+    title: str
+    series: Mapping[str, Points]
+    events: Sequence[tuple[float, str]] = ()
+    verdicts: Mapping[str, str] = field(default_factory=dict)
+    judged_from_s: Mapping[str, float] = field(default_factory=dict)
+    device_limit_bytes: float | None = None
+
+
+def write(
+    path: Path,
+    series: Mapping[str, Points],
+    events: Sequence[tuple[float, str]] = (),
+    *,
+    title: str,
+    verdicts: Mapping[str, str] | None = None,
+    judged_from_s: Mapping[str, float] | None = None,
+    device_limit_bytes: float | None = None,
+) -> str | None:
+    """Draw each of ``series``, (t_s, value) pairs by name, below each other into ``path`` (mode 0600), .svg or .png.
+
+    A series whose name ends in ``_bytes`` is shown in MB. ``events`` are (t_s, kind), of unknown kinds "unknown". By
+    the name of a series, ``verdicts`` has text for its title, such as its slope with bounds, and ``judged_from_s`` when
+    its warm-up ends. The series ``device_used_bytes`` is shown with the levels of pressure of ``device_limit_bytes``.
+
+    Give None, or why there is no plot: then nothing is left behind, and a file that was there is as it was.
+    """
+    return draw(path, [Chart(title, series, events, verdicts or {}, judged_from_s or {}, device_limit_bytes)])
+
+
+def draw(path: Path, charts: Sequence[Chart]) -> str | None:
+    """Draw charts below each other, as ``write`` does one."""
+    if path.suffix not in SUFFIXES:
+        return f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}"
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        return _NO_MATPLOTLIB
+    try:
+        with mpl.rc_context():
+            # Whatever the machine's own matplotlibrc says.
+            mpl.rcdefaults()
+            mpl.rcParams.update(_STYLE)
+            figure = _figure(charts)
+            if figure is None:
+                return "there is nothing to plot: no series has two points"
+            image = io.BytesIO()
+            nothing = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
+            figure.savefig(image, format=path.suffix[1:], dpi=150, metadata=nothing)
+        _put(path, image.getvalue())
+    except OSError as error:
+        return f"{path}: the plot cannot be written: {error.strerror or error}"
+    except Exception as error:
+        # Whatever it is, it is to cost the picture, and not what was judged.
+        return f"{path}: the plot cannot be drawn: {type(error).__name__}: {str(error)[:300]}"
+    return None
+
+
+def run_times(events: Iterable[Any], zero_s: float) -> list[tuple[float, str]]:
+    """Give a subject's events as (t_s, kind): their seconds since the epoch, less ``zero_s``, the run's beginning."""
+    found = []
+    for event in events:
+        try:
+            t_s = float(event.time_s) - zero_s
+        except (AttributeError, TypeError, ValueError):
+            continue
+        if math.isfinite(t_s):
+            found.append((t_s, known(event.kind)))
+    return found
+
+
+def slope_text(verdict: leaks.LeakVerdict) -> str:
+    """Say what a verdict on leaks is, and its slope with bounds."""
+    slope, lower, upper = (f"{each / 1e6:+.4f}" for each in (verdict.slope, verdict.lower, verdict.upper))
+    return f"{verdict.verdict.replace('_', ' ')}, {slope} [{lower}, {upper}] MB/{verdict.unit}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Draw the series of a record; give the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m qualification.plot",
+        description="Plot the series of each criterion of a record that has some.",
+        epilog="exit status: 0 it is plotted; 2 it is not, and why",
+        allow_abbrev=False,
+    )
+    parser.add_argument("record", metavar="RECORD.jsonl", type=Path, help="what a run wrote")
+    parser.add_argument("--out", metavar="FILE", type=Path, help=".svg or .png (default: the record's name with .svg)")
+    options = parser.parse_args(argv)
+    out = options.out or options.record.with_suffix(".svg")
+    try:
+        if out.resolve() == options.record.resolve():
+            parser.error(f"--out {out}: that is the record itself")
+        said = draw(out, _charts(records.read(options.record, partial=True)))
+    except records.RecordError as error:
+        said = str(error)
+    if said is not None:
+        parser.error(said)
+    print(f"plot: {out}")
+    return 0
+
+
+def _charts(record: records.Record) -> list[Chart]:
+    """Give a chart for each criterion with series. Raises RecordError where there is none."""
+    found = [each for each in record.criteria if each.get("series")]
+    if not found:
+        raise records.RecordError(f"there is nothing to plot: none of {len(record.criteria)} criteria has a series")
+    return [_chart(each, "" if record.complete else ", cut short") for each in found]
+
+
+def _chart(criterion: Mapping[str, Any], note: str) -> Chart:
+    value, limit = (
+        "not measured" if criterion.get(name) is None else f"{criterion[name]:g}" for name in ("value", "limit")
+    )
+    said = f"{criterion.get('verdict')}: {value} {criterion.get('unit')}, limit {limit}"
+    title = f"{criterion.get('test')}, {criterion.get('criterion')} {said}{note}"
+    verdicts = _verdicts(criterion["series"])
+    return Chart(
+        title,
+        criterion["series"],
+        verdicts={name: f"{slope_text(each)}, by these points" for name, each in verdicts.items()},
+        judged_from_s={name: each.judged_from for name, each in verdicts.items()},
+    )
+
+
+def _verdicts(series: Mapping[str, Points]) -> dict[str, leaks.LeakVerdict]:
+    """Judge each series of memory that can be: a record keeps the verdict, and neither its bounds nor its warm-up."""
+    found = {}
+    for name in (name for name in series if name.endswith("_bytes")):
+        points = _points(series[name])
+        with contextlib.suppress(ValueError):
+            found[name] = leaks.judge(points[:, 0], points[:, 1])
+    return {name: each for name, each in found.items() if math.isfinite(each.judged_from)}
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, for its owner alone."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(descriptor)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+# The drawing.
+
+
+def _figure(charts: Sequence[Chart]) -> Figure | None:
+    """Draw every series that has two points; None where none has."""
+    from matplotlib.figure import Figure
+
+    drawn = [(chart, there) for chart in charts if (there := _with_points(chart))]
+    rows = sum(len(there) for _, there in drawn)
+    if not rows:
+        return None
+    figure = Figure(figsize=(9, 1.5 + 1.9 * rows), layout="constrained")
+    legend: dict[str, Any] = {}
+    row = 0
+    for chart, there in drawn:
+        begin_s = min(0.0, *(float(points[0, 0]) for points in there.values()))
+        end_s = max(float(points[-1, 0]) for points in there.values())
+        unit, unit_s = next(each for each in _TIMES if end_s - begin_s >= each[1] * _TIME_UNITS_LEAST or each[0] == "s")
+        margin = (end_s - begin_s or 1.0) / unit_s * 0.02
+        first: Axes | None = None
+        for name, points in there.items():
+            row += 1
+            axes = figure.add_subplot(rows, 1, row, sharex=first)
+            axes.set_xlim(begin_s / unit_s - margin, end_s / unit_s + margin)
+            _draw_series(axes, chart, name, points, unit_s)
+            if first is None:
+                first = axes
+                axes.set_title(f"{_plain(chart.title)}\n{axes.get_title('left')}", parse_math=False)
+            axes.tick_params(labelbottom=name == list(there)[-1])
+            for artist, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                legend.setdefault(label, artist)
+        axes.set_xlabel(f"time [{unit}]")
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _with_points(chart: Chart) -> dict[str, Floats]:
+    """Give the series of a chart that have two points."""
+    found = {name: _points(points) for name, points in chart.series.items()}
+    return {name: points for name, points in found.items() if len(points) > 1}
+
+
+def _points(points: Points) -> Floats:
+    """Give (t_s, value) pairs as an array [n, 2]; a value that is no number leaves a gap."""
+    pairs = np.array([(t_s, value) for t_s, value in points], dtype=np.float64).reshape(-1, 2)
+    return pairs[np.isfinite(pairs[:, 0])]
+
+
+def _draw_series(axes: Axes, chart: Chart, name: str, points: Floats, unit_s: float) -> None:
+    scale, unit = (1e-6, "MB") if name.endswith("_bytes") else (1.0, name)
+    times, values = points[:, 0] / unit_s, points[:, 1] * scale
+    marker = "." if len(points) <= 60 else None
+    axes.plot(times, values, color="black", linewidth=1, marker=marker, markersize=3, zorder=3)
+    axes.set_ylabel(unit)
+    axes.ticklabel_format(useOffset=False, style="plain")
+    if name in chart.judged_from_s:
+        begin = chart.judged_from_s[name] / unit_s
+        axes.axvspan(float(times[0]), begin, color="0.85", linewidth=0, label="warm-up, not judged")
+        axes.axvspan(begin, float(times[-1]), color=_SKY, alpha=0.15, linewidth=0, label="judged")
+    if name == "device_used_bytes" and chart.device_limit_bytes:
+        _draw_levels(axes, chart.device_limit_bytes * scale)
+    _draw_events(axes, [(t_s / unit_s, known(kind)) for t_s, kind in chart.events])
+    said = [MEMORY.get(name, name), chart.verdicts.get(name, "")]
+    axes.set_title(": ".join(_plain(each) for each in said if each), parse_math=False)
+
+
+def _draw_levels(axes: Axes, limit: float) -> None:
+    """Draw the levels of pressure, the axis from nothing to the limit."""
+    axes.set_ylim(0, max(limit, axes.get_ylim()[1]) * 1.02)
+    for dash, (name, share) in zip((9, 5, 2), PRESSURE_LEVELS, strict=True):
+        label = f"{name} at {share:.0%} of the device"
+        axes.axhline(share * limit, color=_RED, linewidth=0.8, linestyle=(0, (dash, 2)), label=label)
+
+
+def _draw_events(axes: Axes, events: Sequence[tuple[float, str]]) -> None:
+    """Draw a line for each event with its kind's marker on top, and say in the legend how many there were."""
+    begin, end = axes.get_xlim()
+    spacing = (end - begin) * EVENT_SPACING
+    above = axes.get_xaxis_transform()
+    for kind, (colour, dashes, marker) in EVENT_STYLES.items():
+        times = [time for time, each in events if each == kind]
+        if not times:
+            continue
+        drawn = sorted({round(time / spacing) * spacing for time in times if begin <= time <= end})
+        bottom = 0 if len(drawn) <= EVENT_LINES_MAX else 0.92
+        axes.vlines(drawn, bottom, 1, colors=colour, linewidth=0.7, linestyles=dashes, transform=above)
+        axes.plot(
+            drawn,
+            [1] * len(drawn),
+            color=colour,
+            linestyle="none",
+            marker=marker,
+            markersize=4,
+            clip_on=False,
+            transform=above,
+            label=f"{kind} ({len(times)})",
+        )
+
+
+def _plain(text: str) -> str:
+    """Give text that every font has, in one line."""
+    return "".join(c if " " <= c <= "~" else "?" for c in text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,90 @@
+"""What stays is named: the phase, the line of Python, the descriptor, the thread."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import tracemalloc
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from qualification.attribution import attribute, kept, opened_at_rest, runtime_blocks
+from qualification.sampling import take
+
+NOTHING: Callable[[], list[int]] = list
+
+
+@pytest.fixture
+def release() -> Iterator[threading.Event]:
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+def test_python_that_keeps_what_it_allocates_is_named_with_its_phase_and_line() -> None:
+    lost: list[bytearray] = []
+
+    def lose() -> None:
+        lost.append(bytearray(b"x") * 300_000)
+
+    lines = attribute({"losing": lose, "resting": lambda: None}, take, NOTHING)
+    said = "\n".join(lines)
+    assert re.search(r"^  losing: .*\+3\d\d\.\d kB heap in use", said, re.MULTILINE), said
+    assert re.search(r"\+300\.\d kB each turn, \+\d+ blocks in all: tests/unit/test_attribution.py:\d+", said), said
+    assert "look further:" in said and not tracemalloc.is_tracing()
+
+
+def test_descriptors_and_threads_are_named(release: threading.Event) -> None:
+    opened: list[int] = []
+
+    def open_one() -> None:
+        opened.append(os.open("/dev/null", os.O_RDONLY))
+
+    def start_one() -> None:
+        thread = threading.Thread(target=release.wait, name="forgotten", daemon=True)
+        thread.start()
+
+    try:
+        lines = attribute({"opening": open_one, "starting": start_one}, take, NOTHING)
+    finally:
+        for descriptor in opened:
+            os.close(descriptor)
+    said = "\n".join(lines)
+    assert re.search(r"opening: .*\+4 descriptors", said) and re.search(r"starting: .*\+4 threads", said), said
+    assert "4 x descriptor of /dev/null" in said, said
+
+
+def test_work_that_fails_is_said_and_hides_nothing() -> None:
+    def fail() -> None:
+        raise OSError("no microphone")
+
+    (line,) = attribute({"recording": fail}, take, NOTHING)
+    assert line == "what grew could not be looked into: turn 1 failed: OSError: no microphone"
+    assert not tracemalloc.is_tracing()
+
+
+def test_tracing_that_was_there_stays() -> None:
+    tracemalloc.start()
+    try:
+        attribute({"resting": lambda: None}, take, NOTHING, turns=1)
+        assert tracemalloc.is_tracing()
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_somebody_calls_a_thing_does_not_reach_the_terminal_as_it_is() -> None:
+    assert kept(Counter({"descriptor of /tmp/\x1b[31m": 2}), Counter()) == "2 x descriptor of /tmp/?[31m"
+    many = Counter({f"thread {n}": 1 for n in range(9)})
+    assert kept(many, Counter()).endswith(", …") and kept(many, many) == ""
+
+
+def test_a_process_that_is_gone_has_nothing_open() -> None:
+    found = opened_at_rest(lambda: [2**22 - 1])
+    assert sum(count for name, count in found.items() if name.startswith("thread")) >= 1
+
+
+def test_without_a_device_no_runtime_has_blocks() -> None:
+    assert not runtime_blocks()

@@ -214,7 +214,7 @@ class _Worker:
             case "heap":
                 from backends.host import heap_used_bytes
 
-                return {"used_bytes": heap_used_bytes() or 0}, b""
+                return {"used_bytes": heap_used_bytes()}, b""
             case "healthy":
                 return asdict(backend.healthy()), b""
             case other:

@@ -337,12 +337,15 @@ class WorkerEngine:
         return found
 
     def workers_heap_bytes(self) -> int:
-        """Ask every worker what it has taken from its heap. Raises OSError for one that does not answer."""
-        return sum(
-            int(worker.side("heap", _BLOCKING_SIDE_S)[1]["used_bytes"])
-            for worker in (self._device, self._fallback)
-            if worker is not None and worker.alive
-        )
+        """Ask every worker what it has taken from its heap. Raises OSError for one that does not answer, or cannot."""
+        total_bytes = 0
+        for worker in (self._device, self._fallback):
+            if worker is not None and worker.alive:
+                used_bytes = worker.side("heap", _BLOCKING_SIDE_S)[1]["used_bytes"]
+                if used_bytes is None:
+                    raise OSError(f"worker {worker.process_id} cannot read its heap")
+                total_bytes += int(used_bytes)
+        return total_bytes
 
     def restart(self) -> None:
         """Replace the worker that is in use. Raises WorkerLost, or what its start raises."""

@@ -320,13 +320,13 @@ CRITERIA: tuple[Criterion, ...] = tuple(
 _ANY_TEST = "every_test"
 PARAMETERS: tuple[Parameter, ...] = (
     Parameter(_ANY_TEST, DEVICE_LIMIT, 100, 16, 1e6, "device memory that the subject may use, MB"),
-    Parameter("test_sustained_high_memory_usage", "duration_s", 60, 5, 86_400, "how long"),
+    Parameter("test_sustained_high_memory_usage", "duration_s", 60, 15, 86_400, "how long"),
     Parameter("test_sustained_high_memory_usage", "held_mb", 500, 1, 1e6, "device memory held and worked on, MB"),
-    Parameter("test_memory_allocation_stress", "cycles", 100, 1, 1e6, "allocations, each freed again"),
+    Parameter("test_memory_allocation_stress", "cycles", 100, 96, 1e6, "allocations, each freed again"),
     Parameter("test_memory_allocation_stress", "block_mb", 50, 1, 1e6, "size of each, MB"),
-    Parameter("test_continuous_recording_memory_leak", "duration_s", 3600, 5, 864_000, "how long"),
+    Parameter("test_continuous_recording_memory_leak", "duration_s", 3600, 60, 864_000, "how long"),
     Parameter("test_continuous_recording_memory_leak", "seed", 11, 0, 2**31, "seed of the lengths of what is spoken"),
-    Parameter("test_rapid_toggle_with_fallback", "cycles", 50, 1, 1e5, "toggles, each with a fallback"),
+    Parameter("test_rapid_toggle_with_fallback", "cycles", 50, 24, 1e5, "toggles, each with a fallback"),
     Parameter("test_kill_during_recording", "kills", 10, 1, 1e5, "kills of worker or host at random moments"),
     Parameter("test_kill_during_recording", "seed", 6, 0, 2**31, "seed of the random moments"),
     Parameter("test_kill_during_recording_soak", "kills", 1000, 1, 1e6, "kills of worker or host at random moments"),

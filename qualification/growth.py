@@ -21,6 +21,7 @@ _WORST_FIRST = ("leak", "inconclusive", "no_leak")
 EXACT = ("heap_used_bytes", "workers_heap_bytes", "device_used_bytes")
 #: So much may become fragmented in a run: measured with arrays of up to 50 MB that come and go, up to 6 MB in 60 s.
 FRAGMENTATION_BYTES = 10e6
+_OF_LEAKS = ("leak_detected", "growth_rate", "growth_per_cycle", "total_growth")
 #: Processes that grew by less are not shown, and of those that did only the first.
 PROCESS_BYTES_MIN, PROCESSES_SHOWN = 100_000, 5
 #: What the processes have beside memory.
@@ -50,6 +51,11 @@ class Growth:
         return self.verdicts[self.series]
 
     @property
+    def unproved(self) -> str:
+        """Why it is not proved that nothing leaks, where nothing is found to."""
+        return f"inconclusive: {self.reason}" if self.worst.verdict == "inconclusive" else ""
+
+    @property
     def leaking(self) -> list[str]:
         """The series that leak."""
         return [name for name, each in self.verdicts.items() if each.verdict == "leak"]
@@ -71,6 +77,12 @@ class Growth:
     def lower(self) -> float:
         """The highest of the lower bounds: one series grows at least so fast."""
         return max((each.lower for each in self.verdicts.values()), key=_number)
+
+    @property
+    def total_bytes(self) -> float:
+        """How much a series may have grown at most: its upper bound over the run, or what it has risen by, if more."""
+        totals = [max(each.upper * self.span, each.risen_bytes) for each in self.verdicts.values()]
+        return max(totals, key=_unknown_first)
 
     @property
     def stability_fraction(self) -> float:
@@ -138,16 +150,16 @@ def so_far(sampler: Sampler) -> float | None:
 def tell(judge: Judge, sampler: Sampler, growth: Growth, looked_into: Callable[[], list[str]]) -> None:
     """Give the evidence: of a leak as the first lines of a failure, then what grew, and what that consists of.
 
-    ``looked_into`` is only called where there is a leak.
+    Last, when everything was judged: ``looked_into`` takes its time. It is only called where a leak failed the test.
     """
     leaked = growth.worst.verdict == "leak"
     per, scale = ("MB/s", MB) if growth.worst.unit == "s" else ("kB per cycle", 1e3)
     judge.say("📊 Results:")
     judge.say(f"  Leak detected: {leaked}")
     judge.say(f"  Growth rate: {growth.worst.slope / scale:.3f} {per}")
-    judge.say(f"  Total growth: {growth.worst.slope * growth.span / MB:.1f} MB")
+    judge.say(f"  Total growth: {growth.worst.risen_bytes / MB:.1f} MB")
     judge.say(f"  {growth.reason}")
-    if leaked:
+    if leaked and any(each.criterion.name in _OF_LEAKS for each in judge.failed):
         judge.complaint = "\n".join(["Memory leak detected!", "", *table(sampler, growth), *looked_into()])
     else:
         judge.say("\n".join(["", *table(sampler, growth)]))

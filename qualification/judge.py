@@ -72,10 +72,11 @@ class Judge:
         *,
         fault: FaultRecord | None = None,
         series: Mapping[str, list[tuple[float, float]]] | None = None,
+        unproved: str = "",
     ) -> None:
         """Judge one criterion and record it at once.
 
-        A given fault that never fired is a failure, whatever the value.
+        A given fault that never fired is a failure, whatever the value, and so is what is ``unproved``, and why.
         """
         criterion = self._open(name)
         value = float(value)
@@ -86,6 +87,8 @@ class Judge:
         if fault is not None and fault.faults_fired < 1:
             absorbed = "the runtime absorbed it" if fault.absorbed else "it never fired"
             passed, reason = False, f"the fault proves nothing: {absorbed}"
+        if unproved:
+            passed, reason = False, unproved
         self._add(Verdict(criterion, "pass" if passed else "fail", value, fault, reason), series)
 
     def limit(self, name: str) -> float:

@@ -32,6 +32,10 @@ from numpy.typing import ArrayLike, NDArray
 
 #: Fewer readings than blocks are not judged.
 BLOCKS = SAMPLES_MIN = 24
+#: More readings become medians before anything else.
+READINGS_MAX = 50 * BLOCKS
+#: No memory is larger, and squares of it are still numbers.
+NUMBER_MAX = 1e18
 #: By unit, the slopes up to which growth is no leak. A run has to exclude a slope of ``CEILING_OF_FLOOR`` times that.
 FLOORS = {"s": 10_000.0, "cycle": 4_096.0}
 CEILING_OF_FLOOR = 5.0
@@ -42,6 +46,8 @@ FALL_SHARE_MAX = 1 / 3
 STEP_DEVIATIONS = 9.0
 #: A part stands still where its slope is below this share of the whole's, with this confidence.
 PACE, PACE_CONFIDENCE, PARTS, PART_BLOCKS = 0.75, 0.9, 3, 8
+#: The later half of a leak has at least this share of the whole's slope: a warm-up of a sixth of the run has not.
+PACE_LEAST = 0.4
 #: From this autocorrelation on, a rhythm is one.
 RHYTHM = 0.5
 #: A later start has to make the slope's error so much smaller.
@@ -59,9 +65,10 @@ class LeakVerdict:
     """Whether memory in use grows without end.
 
     ``verdict`` is "leak", "no_leak" or "inconclusive". ``slope``, and its one-sided bounds ``lower`` and ``upper``, are
-    in bytes per ``unit``: "s" or "cycle". ``judged_from`` is where the warm-up ends, ``growth_bytes`` the slope times
-    the judged span, and ``stability_fraction`` the largest deviation of a block from the median of all after the
-    warm-up, as a share of it. With too few readings the numbers are NaN; where nothing bounds a slope it is infinite.
+    in bytes per ``unit``: "s" or "cycle". ``judged_from`` is where the warm-up ends, and ``growth_bytes`` the slope
+    times the judged span. Of the readings as they are, warm-up included, are ``risen_bytes``, from the first block to
+    the last, and ``stability_fraction``, the largest deviation of a block from the median of all, as a share of it.
+    With too few readings the numbers are NaN; where nothing bounds a slope, its bound is infinite.
     """
 
     verdict: str
@@ -69,6 +76,7 @@ class LeakVerdict:
     lower: float
     upper: float
     growth_bytes: float
+    risen_bytes: float
     stability_fraction: float
     judged_from: float
     unit: str
@@ -85,6 +93,7 @@ class LeakVerdict:
         slopes = {f"slope_bytes_per_{self.unit}": self.slope, "lower": self.lower, "upper": self.upper}
         others = {
             "growth_bytes": self.growth_bytes,
+            "risen_bytes": self.risen_bytes,
             "stability_fraction": self.stability_fraction,
             "judged_from": self.judged_from,
         }
@@ -107,7 +116,7 @@ def judge(
     for readings that were not taken at rest. Raises ValueError for arrays of different lengths, numbers that are not
     finite, an ``at`` that does not increase, another unit, a floor below 0 and a confidence outside (0.5, 1).
     """
-    at, used = _checked(at, used_bytes)
+    raw_at, raw = _checked(at, used_bytes)
     if unit not in FLOORS:
         raise ValueError(f"unit is {unit!r}: expected one of {', '.join(FLOORS)}")
     if not 0.5 < confidence < 1:
@@ -116,12 +125,15 @@ def judge(
         floor = FLOORS[unit]
     elif not 0 <= floor < math.inf:
         raise ValueError(f"floor is {floor}: expected at least 0 bytes per {unit}")
-    if len(at) < SAMPLES_MIN:
+    if len(raw) < SAMPLES_MIN:
         nan = math.nan
-        reason = f"{len(at)} readings: at least {SAMPLES_MIN} are needed"
-        return LeakVerdict("inconclusive", nan, nan, nan, nan, nan, nan, unit, reason)
+        reason = f"{len(raw)} readings: at least {SAMPLES_MIN} are needed"
+        return LeakVerdict("inconclusive", nan, nan, nan, nan, nan, nan, nan, unit, reason)
 
-    used = _without_rhythm(used)
+    # More says nothing more, and takes long.
+    raw_at, raw = _blocks(raw_at, raw, READINGS_MAX, minima)
+    drained = _blocks(raw_at, raw, BLOCKS, minima)[1]
+    at, used = raw_at, _without_rhythm(raw_at, raw)
     times, blocks = _blocks(at, used, BLOCKS, minima)
     steps = _steps(blocks)
     first = _warm_up(times, blocks, steps)
@@ -129,29 +141,40 @@ def judge(
     slope, lower, upper = _slope(judged, blocks[first:], _segments(judged, times, steps), confidence)
     parts = [(*part, _segments(part[0], times, steps)) for part in _parts(at, used, times[first], minima)]
     still = sum(_slope(*part, PACE_CONFIDENCE)[2] < PACE * slope for part in parts)
+    # A leak may begin late, so only the last part can acquit: growth that has ended is none.
+    _, last_lower, last_upper = _slope(*parts[-1], confidence)
+    later = first + len(judged) // 2
+    later_slope = _slope(times[later:], blocks[later:], _segments(times[later:], times, steps), confidence)[0]
     growth_bytes = slope * float(judged[-1] - judged[0])
     fell_bytes = -sum(float(blocks[k + 1] - blocks[k]) for k in steps if k >= first)
-    ceiling = max(CEILING_OF_FLOOR * floor, math.ulp(0.0))
-    least_upper = min(_slope(*part, confidence)[2] for part in parts)
+    ceiling = CEILING_OF_FLOOR * floor
 
     bounds = (
         f"slope {_slope_text(slope, unit)}, with {100 * confidence:g} % confidence at least {_slope_text(lower, unit)} "
         f"and at most {_slope_text(upper, unit)}"
     )
-    if lower > floor and not still and fell_bytes < FALL_SHARE_MAX * growth_bytes:
-        verdict, reason = "leak", f"grew in every part of the run, faster than {_slope_text(floor, unit)}: {bounds}"
+    verdict = "inconclusive"
+    if last_lower > floor and (lower <= floor or still):
+        reason = f"grows at the end, and did not from the beginning: run longer: {bounds}"
     elif lower > floor and still:
         verdict, reason = "no_leak", f"grew, but stood still in {still} of {PARTS} parts of the run: {bounds}"
+    elif lower > floor and fell_bytes >= FALL_SHARE_MAX * growth_bytes:
+        reason = f"grew, and fell at once: a slow rhythm, or a leak: run longer: {bounds}"
+    elif lower > floor and later_slope < PACE_LEAST * slope:
+        reason = f"grew, and grows more slowly at the end: a warm-up, or a leak: run longer: {bounds}"
     elif lower > floor:
-        verdict, reason = "inconclusive", f"grew, and fell at once: a slow rhythm, or a leak: {bounds}"
+        verdict, reason = "leak", f"grew in every part of the run, faster than {_slope_text(floor, unit)}: {bounds}"
     elif upper < ceiling:
         verdict, reason = "no_leak", f"not surely above {_slope_text(floor, unit)}: {bounds}"
-    elif least_upper < ceiling and 2 * slope < ceiling:
-        verdict, reason = "no_leak", f"a part of the run grew by less than {_slope_text(ceiling, unit)}: {bounds}"
+    elif last_upper < ceiling and 2 * slope < ceiling:
+        verdict, reason = "no_leak", f"at the end it grew by less than {_slope_text(ceiling, unit)}: {bounds}"
     else:
-        verdict, reason = "inconclusive", f"{_slope_text(ceiling, unit)} cannot be excluded: run longer: {bounds}"
-    stability = _stability(blocks[first:])
-    return LeakVerdict(verdict, slope, lower, upper, growth_bytes, stability, float(judged[0]), unit, reason)
+        reason = f"{_slope_text(ceiling, unit)} cannot be excluded: run longer: {bounds}"
+    risen_bytes = float(drained[-1] - drained[0])
+    return LeakVerdict(
+        *(verdict, slope, lower, upper, growth_bytes, risen_bytes),
+        *(_stability(drained), float(judged[0]), unit, reason),
+    )
 
 
 def warm_up() -> None:
@@ -165,14 +188,14 @@ def _checked(at: ArrayLike, used_bytes: ArrayLike) -> tuple[Floats, Floats]:
     if t.ndim != 1 or t.shape != used.shape:
         raise ValueError(f"at has shape {t.shape}, used_bytes {used.shape}: expected the same length, one dimension")
     for name, values in (("at", t), ("used_bytes", used)):
-        if bad := np.flatnonzero(~np.isfinite(values)).tolist():
-            raise ValueError(f"{name}[{bad[0]}] is {values[bad[0]]}: expected finite numbers")
+        if bad := np.flatnonzero(~(np.abs(values) <= NUMBER_MAX)).tolist():
+            raise ValueError(f"{name}[{bad[0]}] is {values[bad[0]]}: expected finite numbers up to {NUMBER_MAX:g}")
     if bad := np.flatnonzero(np.diff(t) <= 0).tolist():
         raise ValueError(f"at[{bad[0] + 1}] is {t[bad[0] + 1]}, after {t[bad[0]]}: expected numbers that increase")
     return t, used
 
 
-def _without_rhythm(used: Floats) -> Floats:
+def _without_rhythm(at: Floats, used: Floats) -> Floats:
     """Take off what is usual at each point of the period, where there is one of at most a quarter of the run."""
     n = len(used)
     x = np.arange(n)
@@ -188,17 +211,26 @@ def _without_rhythm(used: Floats) -> Floats:
     below = np.flatnonzero(alike[: n // 4] < 0).tolist()
     if not below:
         return used
-    period = float(below[0] + np.argmax(alike[below[0] : n // 4 + 1]))
-    if alike[int(period)] < RHYTHM or period == n // 4:
+    readings = below[0] + int(np.argmax(alike[below[0] : n // 4 + 1]))
+    if alike[readings] < RHYTHM or readings == n // 4:
         return used
-    # Several periods say more exactly how long one is.
-    for times in range(2, int(n / 2 / period) + 1):
-        around = slice(round(times * period) - 1, round(times * period) + 2)
-        period = (around.start + int(np.argmax(alike[around]))) / times
-    points = np.floor(x % period * (round(period) / period)).astype(np.int64)
-    usual = np.array([np.median(rest[points == point]) for point in range(round(period))])
-    adjusted: Floats = used - usual[np.minimum(points, round(period) - 1)]
+    # A period that is a little wrong would leave a slope behind. Several periods say more exactly how long one is; then
+    # those that differ by up to 1.5 readings in the whole run are tried, and the one that leaves least is right.
+    exact = float(readings)
+    for periods in range(2, int(n / 2 / readings) + 1):
+        around = slice(round(periods * exact) - 1, round(periods * exact) + 2)
+        exact = (around.start + int(np.argmax(alike[around]))) / periods
+    period = exact * float(at[-1] - at[0]) / (n - 1)
+    tried = [_usual(at, rest, period * (1 + drift / n), readings) for drift in np.linspace(-1.5, 1.5, 31)]
+    adjusted: Floats = used - min(tried, key=lambda usual: float(np.sum(np.abs(rest - usual))))
     return adjusted
+
+
+def _usual(at: Floats, rest: Floats, period: float, points: int) -> Floats:
+    """Give for each reading the median of all at the same one of so many points of the period."""
+    point = np.minimum((at % period / period * points).astype(np.int64), points - 1)
+    medians = [np.median(rest[point == each]) if np.any(point == each) else 0.0 for each in range(points)]
+    return np.array(medians)[point]
 
 
 def _blocks(at: Floats, used: Floats, blocks: int, minima: bool) -> tuple[Floats, Floats]:
@@ -279,6 +311,7 @@ def _slope(at: Floats, used: Floats, segments: Ints, confidence: float) -> tuple
     # A straight line that was fitted makes its residuals look less alike than they are.
     alike = min(0.9, max(0.0, alike + (2 + 4 * alike) / len(at)))
     half_width = NormalDist().inv_cdf(confidence) * math.sqrt(variance * (1 + alike) / (1 - alike))
+    # Where readings resemble each other that much, the steepest of all pairs are the bounds.
     rank = max(0, math.floor((len(slopes) - half_width) / 2) - 1)
     return slope, float(slopes[rank]), float(slopes[-1 - rank])
 
@@ -322,7 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = judge(
             at, used, unit=unit, floor=options.floor, confidence=options.confidence, minima=options.minima
         ).plain()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         print(f"{parser.prog}: {options.trace}: {error}", file=sys.stderr)
         found = {"verdict": "inconclusive", "reason": f"not judged: {error}"}
     print(json.dumps(found, allow_nan=False))
@@ -339,7 +372,8 @@ def _read(name: str, column: str) -> tuple[str, list[float], list[float]]:
 
 def _parsed(lines: Iterable[str], column: str) -> tuple[str, list[float], list[float]]:
     rows = csv.reader(lines)
-    header = [name.strip() for name in next(rows, [])]
+    # Standard input may begin with a byte order mark as well.
+    header = [name.strip("\ufeff \t") for name in next(rows, [])]
     first = header[0] if header else ""
     if first not in _UNIT_OF or column not in header[1:]:
         expected = " or ".join(f"{name},{column}" for name in _UNIT_OF)
@@ -348,7 +382,7 @@ def _parsed(lines: Iterable[str], column: str) -> tuple[str, list[float], list[f
     at: list[float] = []
     used: list[float] = []
     for number, row in enumerate(rows, 2):
-        if not row:
+        if not any(field.strip() for field in row):
             continue
         try:
             values = float(row[0]), float(row[index])

@@ -8,7 +8,6 @@ draws the series of a record. Without matplotlib nothing fails: what cannot be d
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import math
 import os
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from qualification import leaks, records
+from qualification import growth, leaks, records
 from qualification.live import PRESSURE_LEVELS, known
 from qualification.sampling import MEMORY
 from qualification.subject import STRATEGIES
@@ -200,12 +199,13 @@ def _chart(criterion: Mapping[str, Any], note: str) -> Chart:
 
 def _verdicts(series: Mapping[str, Points]) -> dict[str, leaks.LeakVerdict]:
     """Judge each series of memory that can be: a record keeps the verdict, and neither its bounds nor its warm-up."""
-    found = {}
-    for name in (name for name in series if name.endswith("_bytes")):
-        points = _points(series[name])
-        with contextlib.suppress(ValueError):
-            found[name] = leaks.judge(points[:, 0], points[:, 1])
-    return {name: each for name, each in found.items() if math.isfinite(each.judged_from)}
+    points = {name: _points(series[name]) for name in series if name.endswith("_bytes")}
+    readings = {name: each[np.isfinite(each).all(axis=1)] for name, each in points.items()}
+    try:
+        found = growth.judge_series({name: (each[:, 0], each[:, 1]) for name, each in readings.items()})
+    except ValueError:
+        return {}
+    return {name: each for name, each in found.verdicts.items() if math.isfinite(each.judged_from)}
 
 
 def _put(path: Path, content: bytes) -> None:

@@ -229,7 +229,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             Path(config.getoption("--results")) / f"unfinished-{run.environment}-{run.backend.name}-tests.json",
             run.resume_key(),
         )
-        config.pluginmanager.register(TestByTest(kept, lambda item: item.stash.get(_JUDGE, None)))
+        config.pluginmanager.register(
+            TestByTest(kept, run.tests, lambda item: item.stash.get(_JUDGE, None), CriterionFailed)
+        )
     log = path.with_suffix(".log")
     # As private as the records.
     log.touch(mode=0o600)
@@ -387,8 +389,11 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(f"NOT RUN {report.nodeid} - {dict(report.user_properties)[_NOT_RUN]}")
     run = terminalreporter.config.stash.get(_RUN, None)
     for plugin in terminalreporter.config.pluginmanager.get_plugins():
-        if isinstance(plugin, TestByTest) and plugin.taken:
-            terminalreporter.write_line(f"{len(plugin.taken)} tests were not run again: see --resume")
+        if isinstance(plugin, TestByTest):
+            if plugin.taken:
+                terminalreporter.write_line(f"{len(plugin.taken)} tests were not run again: see --resume")
+            if plugin.complaint:
+                terminalreporter.write_line(plugin.complaint)
     if run is not None and run.records is not None:
         for note in run.notes:
             terminalreporter.write_line(note)

@@ -1,12 +1,14 @@
 """A run that is cut off goes on where it ended, test by test: what a test has measured is not measured again.
 
-Only whole tests are kept, good or bad. One that was cut off, was not run, or broke before all was measured runs again.
+Only whole tests are kept, good or bad. One that was cut off, was not run, or failed in another way than by a criterion
+runs again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 
@@ -15,15 +17,30 @@ from qualification.survival import Unfinished
 
 
 class TestByTest:
-    """A pytest plugin that keeps the verdicts of each test, and takes them from the run that was cut off."""
+    """A pytest plugin that keeps the verdicts of each test, and takes them from the run that was cut off.
+
+    ``judge_of`` gives the judge of a test that has one, ``criterion_failed`` is how a test says that it measured.
+    """
 
     #: Not a test, whatever its name.
     __test__ = False
 
-    def __init__(self, unfinished: Unfinished, judge_of: Callable[[pytest.Item], Judge | None]) -> None:
-        """Take up what there is; ``judge_of`` gives the judge of a test that has one."""
-        self._unfinished, self._judge_of = unfinished, judge_of
+    def __init__(
+        self,
+        unfinished: Unfinished,
+        selected: Iterable[str],
+        judge_of: Callable[[pytest.Item], Judge | None],
+        criterion_failed: type[BaseException],
+    ) -> None:
+        """Take up what there is of the tests that are ``selected``."""
+        self._unfinished, self._judge_of, self._criterion_failed = unfinished, judge_of, criterion_failed
+        self._left = set(selected)
+        self._selected = frozenset(self._left)
+        #: What the tests that were called measured, until they are torn down.
+        self._measured: dict[str, dict[str, Any]] = {}
         self.taken: list[str] = []
+        #: Why something could not be kept.
+        self.complaint = ""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_pyfunc_call(self, pyfuncitem: pytest.Function) -> bool | None:
@@ -32,6 +49,7 @@ class TestByTest:
         if judge is None or kept is None:
             return None
         judge.take(kept["verdicts"], f"measured by the run that was cut off, until {kept['ended']}")
+        judge.evidence, judge.complaint = list(kept["evidence"]), str(kept["complaint"])
         self.taken.append(pyfuncitem.nodeid)
         return True
 
@@ -39,18 +57,29 @@ class TestByTest:
     def pytest_runtest_makereport(
         self, item: pytest.Item, call: pytest.CallInfo[None]
     ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-        """Keep the verdicts of a test that was called and measured everything."""
+        """Keep the verdicts of a test that measured everything, once it was torn down in order."""
         judge = self._judge_of(item)
-        measured = (
-            judge is not None and not judge.unjudged and all(each.verdict != "not_run" for each in judge.verdicts)
-        )
+        if call.when == "call" and judge is not None and item.nodeid not in self.taken:
+            failed = call.excinfo is not None and not call.excinfo.errisinstance(self._criterion_failed)
+            if not failed and not judge.unjudged and all(each.verdict != "not_run" for each in judge.verdicts):
+                self._measured[item.nodeid] = {
+                    "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "verdicts": judge.written,
+                    "evidence": judge.evidence,
+                    "complaint": judge.complaint,
+                }
         report = yield
-        if call.when == "call" and judge is not None and measured and item.nodeid not in self.taken:
-            ended = datetime.now(UTC).isoformat(timespec="seconds")
-            self._unfinished.keep(item.nodeid, {"ended": ended, "verdicts": judge.written})
+        if call.when == "teardown":
+            self._left.discard(item.nodeid)
+            measured = self._measured.pop(item.nodeid, None)
+            if measured is not None and report.passed:
+                try:
+                    self._unfinished.keep(item.nodeid, measured)
+                except OSError as error:
+                    self.complaint = f"what was measured could not be kept for --resume: {error}"
         return report
 
-    def pytest_sessionfinish(self, exitstatus: int) -> None:
-        """Forget everything once all was run."""
-        if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-            self._unfinished.done()
+    def pytest_sessionfinish(self) -> None:
+        """Forget the tests of this run once each of them came to its end; others may be waiting."""
+        if not self._left:
+            self._unfinished.forget(self._selected)

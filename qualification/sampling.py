@@ -219,13 +219,14 @@ class Sampler:
             return UNREAD
         try:
             return self._workers_heap_bytes()
-        except OSError:
-            # A worker that is gone, stopped or just starting.
+        except Exception:
+            # A worker that is gone, stopped or just starting; whatever a subject raises then.
             return UNREAD
 
     def _follow(self, sample: Sample) -> None:
         for process in sample.processes:
-            known = self.processes.get(process.process_id)
+            # The one that was not seen for longest comes first, and goes first.
+            known = self.processes.pop(process.process_id, None)
             if known is None and len(self.processes) == PROCESSES_MAX:
                 self.processes.pop(next(iter(self.processes)))
             self.processes[process.process_id] = (known[0] if known else process, process)

@@ -377,7 +377,10 @@ class Recording:
             self._sample(subject)
             self._left = left_behind(subject, opened)
             self._growth = self._judge_growth(subject)
-            self._looked_into = self._look_into(subject)
+            try:
+                self._looked_into = self._look_into(subject)
+            except KeyboardInterrupt:
+                self._looked_into = ["", "what grew was not looked into to the end: interrupted"]
 
     def _record(self, subject: Subject, ending: Ending) -> None:
         began_s = next_block_s = time.monotonic()
@@ -505,12 +508,15 @@ class Recording:
                 judge("leak_detected", len(found.leaking), series=series)
                 series = None
             # Either all of the interval is below a limit, or all above it, or more has to be read.
-            for name, scale in (("growth_rate", 1.0), ("total_growth", found.span)):
-                upper, lower = found.upper * scale / MB, found.lower * scale / MB
-                if lower < judge.limit(name) <= upper:
-                    missing.append(f"{name} is between {lower:.3g} and {upper:.3g}")
-                else:
+            rate = ("growth_rate", found.upper, found.lower)
+            total = ("total_growth", found.total_bytes, found.lower * found.span)
+            for name, *bounds in (rate, total):
+                upper, lower = (bound / MB for bound in bounds)
+                limit = judge.limit(name)
+                if upper < limit or lower >= limit:
                     judge(name, upper)
+                else:
+                    missing.append(f"{name} is between {lower:.3g} and {upper:.3g}")
         reason = "the subject failed before this could be judged" if self._crash else "; ".join(missing)
         judge.end("not_run", reason, series)
 
@@ -577,7 +583,14 @@ class Recording:
             "recording 8 s": lambda: self._speak(subject, 8 * SAMPLE_RATE_HZ),
             "toggle": lambda: (subject.toggle(), subject.toggle()),
         }
-        return ["", *attribute(phases, lambda: self._sample(subject), subject.process_ids)]
+        # Of its own: what is read while allocations are followed is not what was judged.
+        sampler = sampler_of(subject, self._run.card, card_is_ours=not self._run.allow_shared_gpu)
+
+        def read() -> Sample:
+            quiesce(subject)
+            return sampler.sample(self._backend.memory().used_bytes)
+
+        return ["", *attribute(phases, read, subject.process_ids)]
 
 
 def _table(judge: Judge) -> list[str]:

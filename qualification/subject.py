@@ -113,8 +113,8 @@ class Subject(Protocol):
 
     Optional, and named as not run where absent: ``quiesce()`` for drained samples, ``equivalent(a, b)`` for outputs,
     ``recovered()`` for what a user could get back by hand (float32 [samples] from position 0). Optional too:
-    ``workers_heap_bytes()``, what its other processes have taken from their heaps and not freed. Without it, what is
-    known of them is what the system says.
+    ``workers_heap_bytes()``, what its other processes have taken from their heaps and not freed; it may raise while
+    that cannot be read. Without it, what is known of them is what the system says.
     """
 
     def feed(self, start: int, block: Any) -> int:

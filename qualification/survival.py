@@ -8,7 +8,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -172,6 +172,18 @@ class Unfinished:
     def keep(self, name: str, outcome: Mapping[str, Any]) -> None:
         """Note the outcome of a round, good or bad; it is on the disk when this returns."""
         self.rounds[name] = dict(outcome)
+        self._write()
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Forget these rounds; where there is none left, the file."""
+        for name in names:
+            self.rounds.pop(name, None)
+        if self.rounds:
+            self._write()
+        else:
+            self.done()
+
+    def _write(self) -> None:
         beside = self._path.with_suffix(".new")
         beside.unlink(missing_ok=True)
         # As private as the records.

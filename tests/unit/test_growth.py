@@ -81,6 +81,7 @@ def _leaking_sampler(bytes_each: int) -> tuple[Sampler, list[bytearray]]:
 def test_a_leak_is_told_with_its_four_lines_the_table_and_where_it_comes_from(judge: Judge) -> None:
     sampler, kept = _leaking_sampler(400_000)
     found = growth.judge(sampler, unit="cycle")
+    judge("leak_detected", len(found.leaking))
     growth.tell(judge, sampler, found, lambda: ["looked into"])
     said = "\n".join([*judge.evidence, judge.complaint])
     for pattern in (
@@ -104,6 +105,20 @@ def test_what_is_healthy_is_not_looked_into(judge: Judge) -> None:
 
     growth.tell(judge, sampler, growth.judge(sampler, unit="cycle"), looked_into)
     assert not judge.complaint and "Leak detected: False" in "\n".join(judge.evidence)
+
+
+def test_a_leak_that_failed_no_criterion_is_no_complaint(judge: Judge) -> None:
+    """A test that judges something else fails for that."""
+    sampler, kept = _leaking_sampler(400_000)
+    growth.tell(judge, sampler, growth.judge(sampler, unit="cycle"), lambda: ["looked into"])
+    assert not judge.complaint and "Leak detected: True" in "\n".join(judge.evidence), f"{len(kept)} blocks kept"
+
+
+def test_what_rose_counts_as_growth_whatever_it_was() -> None:
+    """A step of 500 MB is no leak, and no slope; it is 500 MB more."""
+    readings = {"uss_bytes": (T_S, 1e8 + 5e8 * (T_S > 30) + np.random.default_rng(0).normal(0, 1e4, len(T_S)))}
+    found = growth.judge_series(readings)
+    assert found.worst.verdict == "no_leak" and found.total_bytes == pytest.approx(5e8, rel=0.01), f"{found}"
 
 
 def test_cycles_are_counted_by_the_samples() -> None:

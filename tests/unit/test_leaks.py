@@ -68,6 +68,32 @@ def test_a_sawtooth_that_is_slow_for_the_run_is_no_leak_and_not_proved_healthy()
     assert judge(longer, 2e8 + 8e6 * (longer % 20) / 20).verdict == "no_leak"
 
 
+@pytest.mark.parametrize("begins_s", [36, 42, 48])
+def test_a_leak_that_begins_late_is_not_acquitted_by_the_time_before(begins_s: float) -> None:
+    """Nor is it proved by it: it has to be watched for longer."""
+    verdicts = [_judge(lambda t: 0.5e6 * np.maximum(0, t - begins_s), seed, 1e5).verdict for seed in range(20)]
+    assert "no_leak" not in verdicts, f"{verdicts}"
+
+
+def test_a_warm_up_of_a_quarter_of_the_run_is_seldom_called_a_leak() -> None:
+    verdicts = [_judge(lambda t: 10e6 * (1 - np.exp(-t / 15)), seed, 2e4).verdict for seed in range(40)]
+    assert verdicts.count("leak") <= 2, f"{verdicts}"
+
+
+def test_what_comes_and_goes_is_not_stable() -> None:
+    """No leak, and memory that is not within 10 %: a rhythm and a warm-up count there."""
+    for shape in (lambda t: 150e6 * (t % 12) / 12, lambda t: 100e6 * np.minimum(1, t / 10)):
+        verdict = _judge(shape, 0, 1e5)
+        assert verdict.verdict != "leak" and verdict.stability_fraction > 0.1, f"{verdict}"
+
+
+def test_a_million_readings_take_seconds() -> None:
+    """They become medians first; a rhythm is found in those."""
+    at = np.arange(1_000_000.0)
+    verdict = judge(at, 1e8 + 1e6 * (at % 100_000) / 1e5 + 0.05e6 * at, floor=1e4)
+    assert verdict.verdict == "leak" and verdict.slope == pytest.approx(0.05e6, rel=0.02), f"{verdict}"
+
+
 def test_noise_that_hides_a_leak_is_inconclusive() -> None:
     """With 8 MB of noise that lasts for seconds, 60 s cannot exclude 0.05 MB/s."""
     rng = np.random.default_rng(3)
@@ -250,6 +276,11 @@ def test_the_command_judges_a_file(shape: Shape, status: int, verdict: str, tmp_
         ("t_s,bytes\n0,1\n0,1\n", "line 3: t_s is 0, after 0: expected it to increase"),
         ("t_s,bytes\n0,nan\n", "line 2 has '0,nan': expected finite numbers"),
         ("t_s,bytes\ninf,1\n", "line 2 has 'inf,1': expected finite numbers"),
+        ('t_s,bytes\n0,"' + "x" * 200_000, "field larger than field limit"),
+        (
+            "t_s,bytes\n0,1\n1,1e300\n" + "".join(f"{n},1\n" for n in range(2, 30)),
+            "expected finite numbers up to 1e+18",
+        ),
         ("t_s,bytes\n0,many\n", "line 2 is '0,many': expected numbers for t_s,bytes"),
         ("t_s,bytes\n0\n", "line 2 is '0': expected numbers for t_s,bytes"),
     ],

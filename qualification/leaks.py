@@ -10,7 +10,7 @@ cache comes and goes in a rhythm, and that memory once took a step, is found in 
 - Slope: Theil-Sen, the median of the slopes of all pairs, with Sen's rank-based bounds, taken apart at steps as the
   seasonal Kendall test is (Hirsch and Slack 1984) and widened for readings that resemble the one before (Hamed and
   Rao 1998).
-- Pace: a third of the judged part that is surely slower than the whole is standing still.
+- Pace: a third of the judged part that is surely slower than the whole, and does not surely grow, stands still.
 
 ``python -m qualification.leaks TRACE.csv`` judges a trace that was recorded anywhere.
 """
@@ -44,10 +44,13 @@ STEPS_MAX = 2
 FALL_SHARE_MAX = 1 / 3
 #: A jump is a step where it is so many times as far from the usual one as jumps commonly are (median deviation).
 STEP_DEVIATIONS = 9.0
-#: A part stands still where its slope is below this share of the whole's, with this confidence.
-PACE, PACE_CONFIDENCE, PARTS, PART_BLOCKS = 0.75, 0.9, 3, 8
+#: A part stands still where its slope is below this share of the whole's with this confidence, and not surely above
+#: the floor.
+PACE, PACE_CONFIDENCE, PARTS, PART_BLOCKS = 0.75, 0.97, 3, 8
 #: The later half of a leak has at least this share of the whole's slope: a warm-up of a sixth of the run has not.
 PACE_LEAST = 0.4
+#: What is surely slower at the end than this share of its beginning fades.
+FADES = 0.5
 #: From this autocorrelation on, a rhythm is one.
 RHYTHM = 0.5
 #: A later start has to make the slope's error so much smaller.
@@ -140,7 +143,10 @@ def judge(
     judged = times[first:]
     slope, lower, upper = _slope(judged, blocks[first:], _segments(judged, times, steps), confidence)
     parts = [(*part, _segments(part[0], times, steps)) for part in _parts(at, used, times[first], minima)]
-    still = sum(_slope(*part, PACE_CONFIDENCE)[2] < PACE * slope for part in parts)
+    # Slower is not still: a leak that follows the work is as slow as the work.
+    bounded = [_slope(*part, PACE_CONFIDENCE) for part in parts]
+    still = [part_upper < PACE * slope and part_lower <= floor for _, part_lower, part_upper in bounded]
+    fades = bounded[-1][2] < FADES * bounded[0][0]
     # A leak may begin late, so only the last part can acquit: growth that has ended is none.
     _, last_lower, last_upper = _slope(*parts[-1], confidence)
     later = first + len(judged) // 2
@@ -154,13 +160,15 @@ def judge(
         f"and at most {_slope_text(upper, unit)}"
     )
     verdict = "inconclusive"
-    if last_lower > floor and (lower <= floor or still):
+    if last_lower > floor and lower <= floor:
         reason = f"grows at the end, and did not from the beginning: run longer: {bounds}"
-    elif lower > floor and still:
-        verdict, reason = "no_leak", f"grew, but stood still in {still} of {PARTS} parts of the run: {bounds}"
+    elif lower > floor and still[-1]:
+        verdict, reason = "no_leak", f"grew, and stands still at the end: {bounds}"
+    elif lower > floor and any(still):
+        reason = f"grew, but stood still in {sum(still)} of {PARTS} parts of the run: run longer: {bounds}"
     elif lower > floor and fell_bytes >= FALL_SHARE_MAX * growth_bytes:
         reason = f"grew, and fell at once: a slow rhythm, or a leak: run longer: {bounds}"
-    elif lower > floor and later_slope < PACE_LEAST * slope:
+    elif lower > floor and (fades or later_slope < PACE_LEAST * slope):
         reason = f"grew, and grows more slowly at the end: a warm-up, or a leak: run longer: {bounds}"
     elif lower > floor:
         verdict, reason = "leak", f"grew in every part of the run, faster than {_slope_text(floor, unit)}: {bounds}"

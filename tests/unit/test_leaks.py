@@ -109,12 +109,21 @@ def test_noise_that_hides_a_leak_is_inconclusive() -> None:
     "name", ["steady", "warm-up that saturates", "one-off step in the middle", "sawtooth", "bursts"]
 )
 def test_a_leak_is_found(name: str, noise_bytes: float, leak_bytes_per_s: float) -> None:
-    """In all of 20 seeded traces, whatever healthy memory does beside it, and the slope is right within 40 %."""
-    for seed in range(20):
-        verdict = _judge(lambda t: HEALTHY[name](t) + leak_bytes_per_s * t, seed, noise_bytes)
-        assert verdict.verdict == "leak", f"seed {seed}: {verdict.reason}"
-        assert verdict.slope == pytest.approx(leak_bytes_per_s, rel=0.4), f"seed {seed}: {verdict}"
-        assert verdict.lower <= verdict.slope <= verdict.upper, f"seed {seed}: {verdict}"
+    """In 19 of 20 seeded traces at least, and none is proved healthy; the slope is right within 40 %."""
+    verdicts = [_judge(lambda t: HEALTHY[name](t) + leak_bytes_per_s * t, seed, noise_bytes) for seed in range(20)]
+    missed = [each.reason for each in verdicts if each.verdict != "leak"]
+    assert len(missed) <= 1 and all(each.verdict != "no_leak" for each in verdicts), f"{len(missed)} missed: {missed}"
+    for verdict in (each for each in verdicts if each.verdict == "leak"):
+        assert verdict.slope == pytest.approx(leak_bytes_per_s, rel=0.4), f"{verdict}"
+        assert verdict.lower <= verdict.slope <= verdict.upper, f"{verdict}"
+
+
+def test_a_leak_that_follows_the_work_is_found_where_the_work_slows_down() -> None:
+    """To two thirds of its pace, on a machine that has other work, and back."""
+    pace = np.where((T_S > 20) & (T_S < 40), 0.66, 1.0)
+    grown = np.concatenate([[0.0], np.cumsum(0.25 * pace[1:])])
+    verdicts = [_judge(lambda t: 0.5e6 * grown, seed, 1e5).verdict for seed in range(20)]
+    assert set(verdicts) == {"leak"}, f"{verdicts}"
 
 
 def test_a_staircase_leak_is_found() -> None:

@@ -53,6 +53,8 @@ PACE_LEAST = 0.4
 FADES = 0.5
 #: From this autocorrelation on, a rhythm is one.
 RHYTHM = 0.5
+#: A rhythm that is taken off leaves less than this share, and takes so many readings to be told from chance.
+RHYTHM_LEAVES, RHYTHM_READINGS_MIN = 0.7, 4 * BLOCKS
 #: A later start has to make the slope's error so much smaller.
 WARM_UP_GAIN = 0.8
 
@@ -206,6 +208,8 @@ def _checked(at: ArrayLike, used_bytes: ArrayLike) -> tuple[Floats, Floats]:
 def _without_rhythm(at: Floats, used: Floats) -> Floats:
     """Take off what is usual at each point of the period, where there is one of at most a quarter of the run."""
     n = len(used)
+    if n < RHYTHM_READINGS_MIN:
+        return used
     x = np.arange(n)
     # A spike is no rhythm, and a slope neither.
     rest = np.clip(used, *np.percentile(used, [2, 98]))
@@ -230,8 +234,10 @@ def _without_rhythm(at: Floats, used: Floats) -> Floats:
         exact = (around.start + int(np.argmax(alike[around]))) / periods
     period = exact * float(at[-1] - at[0]) / (n - 1)
     tried = [_usual(at, rest, period * (1 + drift / n), readings) for drift in np.linspace(-1.5, 1.5, 31)]
-    adjusted: Floats = used - min(tried, key=lambda usual: float(np.sum(np.abs(rest - usual))))
-    return adjusted
+    usual = min(tried, key=lambda each: float(np.sum(np.abs(rest - each))))
+    # What is no rhythm leaves nearly as much as there was, and would only be disturbed.
+    is_rhythm = np.sum(np.abs(rest - usual)) < RHYTHM_LEAVES * np.sum(np.abs(rest))
+    return used - usual if is_rhythm else used
 
 
 def _usual(at: Floats, rest: Floats, period: float, points: int) -> Floats:

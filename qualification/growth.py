@@ -22,6 +22,8 @@ EXACT = ("heap_used_bytes", "workers_heap_bytes", "device_used_bytes")
 #: So much may become fragmented in a run: measured with arrays of up to 50 MB that come and go, up to 6 MB in 60 s.
 FRAGMENTATION_BYTES = 10e6
 _OF_LEAKS = ("leak_detected", "growth_rate", "growth_per_cycle", "total_growth")
+#: By the unit of a slope, what it is shown in, and how many bytes that is.
+_SHOWN = {"s": ("MB/s", MB), "cycle": ("kB per cycle", 1_000)}
 #: Processes that grew by less are not shown, and of those that did only the first.
 PROCESS_BYTES_MIN, PROCESSES_SHOWN = 100_000, 5
 #: What the processes have beside memory.
@@ -153,7 +155,7 @@ def tell(judge: Judge, sampler: Sampler, growth: Growth, looked_into: Callable[[
     Last, when everything was judged: ``looked_into`` takes its time. It is only called where a leak failed the test.
     """
     leaked = growth.worst.verdict == "leak"
-    per, scale = ("MB/s", MB) if growth.worst.unit == "s" else ("kB per cycle", 1e3)
+    per, scale = _SHOWN[growth.worst.unit]
     judge.say("📊 Results:")
     judge.say(f"  Leak detected: {leaked}")
     judge.say(f"  Growth rate: {growth.worst.slope / scale:.3f} {per}")
@@ -168,7 +170,7 @@ def tell(judge: Judge, sampler: Sampler, growth: Growth, looked_into: Callable[[
 def table(sampler: Sampler, growth: Growth) -> list[str]:
     """Say what grew: each counter, with its verdict; each process; descriptors, threads and children."""
     unit = growth.worst.unit
-    per, scale = ("MB/s", MB) if unit == "s" else ("kB per cycle", 1e3)
+    per, scale = _SHOWN[unit]
     lines = [f"{'what':<40} {'first':>10} {'last':>10} {'grown':>10}   slope [at least, at most] in {per}"]
     for name, verdict in growth.verdicts.items():
         used = sampler.readings(name, unit)[1]

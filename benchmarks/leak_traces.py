@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,8 @@ from qualification import growth
 MB = 1_000_000
 SAMPLES, EVERY_S = 240, 0.25
 DURATION_S = SAMPLES * EVERY_S
+#: With so many a run is judged again that was inconclusive: as our tests do, it is extended once by its own length.
+SAMPLES_EXTENDED = 2 * SAMPLES
 #: What a reading is a multiple of: what allocators round to, and ask for at once. Exact counters know nothing coarser.
 QUANTA_BYTES = (16, 512, 4_096, 65_536)
 #: Samples that stay together when noise is put together anew: 5 s of it.
@@ -71,9 +73,9 @@ def sawtooth(t_s: Floats, rng: np.random.Generator) -> Floats:
 
 
 def bursts(t_s: Floats, rng: np.random.Generator) -> Floats:
-    """Rare tall spikes of some samples."""
+    """Rare tall spikes of some samples, 1 to 10 in the time of a run."""
     used = np.zeros_like(t_s)
-    for _ in range(rng.integers(1, 11)):
+    for _ in range(rng.integers(1, 11) * len(t_s) // SAMPLES):
         begin = rng.integers(len(t_s))
         used[begin : begin + rng.integers(1, 7)] += rng.uniform(1, 50) * MB
     return used
@@ -107,14 +109,14 @@ def noise(samples: int, rng: np.random.Generator) -> Floats:
 
 
 def scripted(number: int, rate: float, seed: int) -> Trace:
-    """Give a scripted trace of an exact counter that leaks ``rate`` bytes/s, named after its shape.
+    """Give a scripted trace of an exact counter that leaks ``rate`` bytes/s, extended once, named after its shape.
 
     The shapes take turns. The same number and seed give the same shape and noise, whatever the rate.
     """
     rng = np.random.default_rng([seed, number])
     shape = SHAPES[number % len(SHAPES)]
-    t_s = np.arange(SAMPLES) * EVERY_S + rng.uniform(0, 0.05, SAMPLES)
-    used: Floats = rng.uniform(50, 800) * MB + shape(t_s, rng) + noise(SAMPLES, rng) + rate * t_s
+    t_s = np.arange(SAMPLES_EXTENDED) * EVERY_S + rng.uniform(0, 0.05, SAMPLES_EXTENDED)
+    used: Floats = rng.uniform(50, 800) * MB + shape(t_s, rng) + noise(SAMPLES_EXTENDED, rng) + rate * t_s
     quantum = rng.choice(QUANTA_BYTES)
     return shape.__name__, t_s, {LEAKED[0]: np.round(used / quantum) * quantum}
 
@@ -127,14 +129,17 @@ def residuals(t_s: Floats, used_bytes: Floats) -> Floats:
 
 
 def resampled(live: Noise, number: int, rate: float, seed: int) -> Trace:
-    """Give a trace made of blocks of one live run's noise, in another order, that leaks ``rate`` bytes/s."""
+    """Give a trace made of blocks of one live run's noise, in another order, that leaks ``rate`` bytes/s.
+
+    It is extended once.
+    """
     rng = np.random.default_rng([seed, number])
     name, noise_of = live[number % len(live)]
     readings = min(map(len, noise_of.values()))
-    begins = rng.integers(readings, size=-(-SAMPLES // BOOTSTRAP_BLOCK))
+    begins = rng.integers(readings, size=-(-SAMPLES_EXTENDED // BOOTSTRAP_BLOCK))
     # Round and round, so that the ends are drawn as often as the middle; the same for all series of the run.
-    picked = (begins[:, None] + np.arange(BOOTSTRAP_BLOCK)).ravel()[:SAMPLES] % readings
-    t_s = np.arange(SAMPLES, dtype=np.float64) * EVERY_S
+    picked = (begins[:, None] + np.arange(BOOTSTRAP_BLOCK)).ravel()[:SAMPLES_EXTENDED] % readings
+    t_s = np.arange(SAMPLES_EXTENDED, dtype=np.float64) * EVERY_S
     used = {each: 100 * MB + rest[picked] + rate * t_s * (each in LEAKED) for each, rest in noise_of.items()}
     return name, t_s, used
 
@@ -144,22 +149,42 @@ def resampled(live: Noise, number: int, rate: float, seed: int) -> Trace:
 
 @dataclass(frozen=True)
 class Counted:
-    """How the verdicts on so many traces of one rate, in bytes/s, came out: by name of the shape, by verdict."""
+    """How the verdicts on so many traces of one rate, in bytes/s, came out: by name of the shape, by verdict.
+
+    ``extended`` are those after the inconclusive ones were extended once.
+    """
 
     label: str
     rate: float
     verdicts: dict[str, dict[str, int]]
+    extended: dict[str, dict[str, int]]
 
-    def total(self, verdict: str = "") -> int:
-        """Count the traces with a verdict, or all of them."""
-        return sum(n for each in self.verdicts.values() for name, n in each.items() if verdict in ("", name))
+    def add(self, name: str, verdict: str, extended: str) -> None:
+        """Count a trace."""
+        for counts, found in ((self.verdicts, verdict), (self.extended, extended)):
+            of_name = counts.setdefault(name, {})
+            of_name[found] = of_name.get(found, 0) + 1
 
 
-def judge_one(make: Callable[[int, float, int], Trace], seed: int, asked: tuple[int, float]) -> tuple[float, str, str]:
-    """Judge one trace; give its rate, its name and the verdict."""
+def total(verdicts: Mapping[str, Mapping[str, int]], verdict: str = "") -> int:
+    """Count the traces with a verdict, or all of them."""
+    return sum(n for each in verdicts.values() for name, n in each.items() if verdict in ("", name))
+
+
+def judge_one(
+    make: Callable[[int, float, int], Trace], seed: int, asked: tuple[int, float]
+) -> tuple[float, str, str, str]:
+    """Judge one trace; give its rate, its name, the verdict, and the one after it was extended, if inconclusive."""
     number, rate = asked
     name, t_s, series = make(number, rate, seed)
-    return rate, name, growth.judge_series({each: (t_s, used) for each, used in series.items()}).worst.verdict
+    found = "inconclusive"
+    first = ""
+    for samples in (SAMPLES, SAMPLES_EXTENDED):
+        if found == "inconclusive":
+            read = {each: (t_s[:samples], used[:samples]) for each, used in series.items()}
+            found = growth.judge_series(read).worst.verdict
+        first = first or found
+    return rate, name, first, found
 
 
 def count(traces: int, rates: Sequence[float], seed: int, live: Noise = (), jobs: int | None = None) -> list[Counted]:
@@ -171,10 +196,9 @@ def count(traces: int, rates: Sequence[float], seed: int, live: Noise = (), jobs
     found: list[Counted] = []
     with ProcessPoolExecutor(jobs or min(2, os.cpu_count() or 1)) as pool:
         for label, make in makes.items():
-            counted = {rate: Counted(label, rate, {}) for rate in rates}
-            for rate, name, verdict in pool.map(partial(judge_one, make, seed), asked, chunksize=50):
-                of_name = counted[rate].verdicts.setdefault(name, {})
-                of_name[verdict] = of_name.get(verdict, 0) + 1
+            counted = {rate: Counted(label, rate, {}, {}) for rate in rates}
+            for rate, *verdicts in pool.map(partial(judge_one, make, seed), asked, chunksize=50):
+                counted[rate].add(*verdicts)
             found += counted.values()
     return found
 

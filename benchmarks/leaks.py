@@ -48,7 +48,7 @@ import psutil
 from numpy.typing import ArrayLike, NDArray
 
 from benchmarks.engine_cost import machine
-from benchmarks.leak_traces import BOOTSTRAP_BLOCK, SHAPES, Counted, clopper_pearson, count, residuals
+from benchmarks.leak_traces import BOOTSTRAP_BLOCK, SHAPES, Counted, clopper_pearson, count, residuals, total
 from benchmarks.leak_workloads import MB, WORKLOADS, ByTurns, Leak, Noisy, Workload
 from qualification import growth
 from qualification.sampling import Sampler
@@ -174,18 +174,23 @@ def read_trace(path: Path) -> dict[str, tuple[Floats, Floats]]:
 
 @dataclass(frozen=True)
 class Planned:
-    """A run that is to be made. ``rate`` is in MB/s; ``number`` counts the runs that are alike."""
+    """A run that is to be made. ``rate`` is in MB/s; ``number`` counts the runs that are alike.
+
+    Another ``trial`` has other seeds.
+    """
 
     workload: str
     rate: float
     number: int
     duration_s: float
     tool: str = "plimsoll"
+    trial: int = 0
 
     @property
     def key(self) -> str:
         """What the run is known by, whatever the commit."""
         what = f"{self.workload}-{self.rate:g}-{self.duration_s:g}s-{self.number:03}"
+        what += f"-{self.trial}" if self.trial else ""
         return what if self.tool == "plimsoll" else f"{self.tool}-{what}"
 
     @property
@@ -211,10 +216,10 @@ class Planned:
         ]
 
 
-def planned(healthy: int, leaking: int, rates: Sequence[float], duration_s: float) -> list[Planned]:
+def planned(healthy: int, leaking: int, rates: Sequence[float], duration_s: float, trial: int = 0) -> list[Planned]:
     """Give so many healthy runs, and so many leaking ones of each rate, half on each workload, in a shuffled order."""
     runs = [
-        Planned(LIVE_WORKLOADS[n % 2], rate, n // 2, duration_s)
+        Planned(LIVE_WORKLOADS[n % 2], rate, n // 2, duration_s, trial=trial)
         for rate in (0.0, *rates)
         for n in range(leaking if rate else healthy)
     ]
@@ -545,29 +550,30 @@ def _lower(run: Mapping[str, Any]) -> float:
 
 def counted_table(counted: Iterable[Counted]) -> str:
     """Write what came of computed traces: a line for each rate."""
-    header = ["Label", "Planted", "Traces", "Leak", "Share", "99 % bounds", "No leak", "Inconclusive"]
+    header = [
+        *("Label", "Planted", "Traces", "Leak", "Share", "99 % bounds", "No leak", "Inconclusive"),
+        *("Extended: leak", "Share", "No leak", "Inconclusive"),
+    ]
     rows = []
     for each in counted:
-        leak, *others = (each.total(verdict) for verdict in VERDICTS)
-        share = f"{leak / each.total():.1%}"
-        rows.append(
-            [each.label, rate_text(each.rate / MB), each.total(), leak, share, bounds(leak, each.total()), *others]
+        traces = total(each.verdicts)
+        (leak, *others), (later, *later_others) = (
+            [total(verdicts, verdict) for verdict in VERDICTS] for verdicts in (each.verdicts, each.extended)
         )
+        first = [leak, f"{leak / traces:.1%}", bounds(leak, traces), *others]
+        extended = [later, f"{later / traces:.1%}", *later_others]
+        rows.append([each.label, rate_text(each.rate / MB), traces, *first, *extended])
     return markdown(header, rows)
 
 
 def shapes_table(counted: Sequence[Counted]) -> str:
-    """Write for each scripted shape how many traces of each rate were called a leak."""
-    rows = [
-        [
-            shape.__name__,
-            *(
-                f"{verdicts.get('leak', 0)} of {sum(verdicts.values())}"
-                for verdicts in (each.verdicts.get(shape.__name__, {}) for each in counted)
-            ),
-        ]
-        for shape in SHAPES
-    ]
+    """Write for each scripted shape how many traces of each rate were called a leak, at first and when extended."""
+
+    def cell(each: Counted, shape: str) -> str:
+        first, extended = (verdicts.get(shape, {}) for verdicts in (each.verdicts, each.extended))
+        return f"{first.get('leak', 0)}, {extended.get('leak', 0)} of {sum(first.values())}"
+
+    rows = [[shape.__name__, *(cell(each, shape.__name__) for each in counted)] for shape in SHAPES]
     return markdown(["Shape", *(rate_text(each.rate / MB) for each in counted)], rows)
 
 
@@ -654,7 +660,11 @@ def page(folder: Path, judged_again: bool = False) -> str:
         counted = [Counted(**each) for each in computed["counted"]]
         of_scripts = [each for each in counted if each.label == "scripted"]
         parts += [f"## Scripted and resampled\n\n{_ABOUT_TRACES}Computed on {computed['when']}.\n"]
-        parts += [counted_table(counted), "Of the scripted ones, called a leak:\n", shapes_table(of_scripts)]
+        parts += [
+            counted_table(counted),
+            "Of the scripted ones, called a leak in 60 s, and when extended:\n",
+            shapes_table(of_scripts),
+        ]
     return "\n".join(part for part in parts if part)
 
 
@@ -676,7 +686,8 @@ _ABOUT_TRACES = """\
 Nothing was run for these. *Scripted* traces are shapes that healthy memory has, with noise, and a straight line where a
 leak is planted: 240 samples in 60 s, judged as those of an exact counter. *Resampled* ones are the noise of the healthy
 live runs above, without their warm-up and the straight line through the rest, put together anew in blocks of 5 s, all
-series of a run alike; a leak is planted in the heap and in all memory of the host. """
+series of a run alike; a leak is planted in the heap and in all memory of the host. *Extended*: what is inconclusive is
+judged once more, after twice the time, as our tests do. """
 
 
 def _made(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -776,6 +787,7 @@ def _parser() -> argparse.ArgumentParser:
     number(command, "--planted", 20, "runs of each rate")
     command.add_argument("--rates", type=float, nargs="+", default=LIVE_RATES_MB_PER_S, metavar="R", help="in MB/s")
     number(command, "--duration", 60.0, "seconds of each")
+    number(command, "--trial", 0, "another number, other seeds")
     number(command, "--jobs", 2, "runs at a time")
 
     add("judge", "judge the samples of a folder's live runs again, with the verdict as it is now")
@@ -795,7 +807,8 @@ def _say(text: str) -> None:
 
 def _do(given: argparse.Namespace) -> None:
     if given.command == "live":
-        _live(given.folder, planned(given.healthy, given.planted, given.rates, given.duration), given.jobs, _say)
+        runs = planned(given.healthy, given.planted, given.rates, given.duration, given.trial)
+        _live(given.folder, runs, given.jobs, _say)
     elif given.command == "judge":
         _say(f"judged again, from the samples in {given.folder}\n")
         _say(live_table(list(again(given.folder, read_runs(given.folder)))))

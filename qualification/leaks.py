@@ -87,12 +87,6 @@ class LeakVerdict:
     unit: str
     reason: str
 
-    def growth_rate_is_below(self, limit: float) -> bool | None:
-        """Whether the slope is below a limit in bytes per unit: None where the interval leaves it open."""
-        if self.upper < limit:
-            return True
-        return False if self.lower >= limit else None
-
     def plain(self) -> dict[str, str | float | None]:
         """Give what the command prints: numbers that are not finite as None."""
         slopes = {f"slope_bytes_per_{self.unit}": self.slope, "lower": self.lower, "upper": self.upper}

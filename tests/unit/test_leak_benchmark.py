@@ -65,11 +65,11 @@ def test_counts_that_cannot_be_are_refused(hits: int, tries: int) -> None:
 # Computed traces.
 
 
-@pytest.mark.parametrize("number", range(7))
+@pytest.mark.parametrize("number", range(len(TRACES["SHAPES"])))
 def test_a_scripted_leak_is_a_line_on_top_of_the_same_healthy_trace(number: int) -> None:
     name, t_s, healthy = scripted(number, 0.0, seed=5)
     same_name, _, leaking = scripted(number, 200_000.0, seed=5)
-    assert name == same_name and np.all(np.diff(t_s) > 0) and len(t_s) == 240
+    assert name == same_name and np.all(np.diff(t_s) > 0) and len(t_s) == 480
     # Both are rounded to what an allocator asks for at once.
     added = leaking["heap_used_bytes"] - healthy["heap_used_bytes"]
     assert np.abs(added - 200_000.0 * t_s).max() <= max(TRACES["QUANTA_BYTES"])
@@ -81,11 +81,22 @@ def test_resampled_traces_are_blocks_of_live_noise_and_the_planted_line() -> Non
     name, t_s, used = resampled(live, 3, 50_000.0, seed=1)
     line = 50_000.0 * t_s
     noise = (used["heap_used_bytes"] - 100 * MB - line).round()
-    assert name == "noisy" and len(noise) == 240 and set(noise) <= set(rest)
-    assert (np.diff(noise) % len(rest) == 1).sum() >= 240 - 12, "a block of noise was torn apart"
+    assert name == "noisy" and len(noise) == 480 and set(noise) <= set(rest)
+    assert (np.diff(noise) % len(rest) == 1).sum() >= 480 - 24, "a block of noise was torn apart"
     # All series of a run at the same time, and nothing is planted in the workers.
     assert np.allclose(used["uss_bytes"] - 100 * MB - line, 2 * noise)
     assert np.allclose(used["workers_heap_bytes"] - 100 * MB, 3 * noise)
+
+
+def test_what_is_inconclusive_is_judged_once_more_when_extended() -> None:
+    """A leak that begins at 45 s is not proved in 60 s, and is in 120 s; what is proved is not judged again."""
+
+    def late(number: int, rate: float, seed: int) -> tuple[str, Any, dict[str, Any]]:
+        t_s = np.arange(480) * 0.25
+        return "late", t_s, {"heap_used_bytes": 1e8 + rate * np.maximum(0, t_s - number)}
+
+    judged = [TRACES["judge_one"](late, 0, (begins_s, 1e6))[2:] for begins_s in (0, 45, 65)]
+    assert judged == [("leak", "leak"), ("inconclusive", "leak"), ("no_leak", "no_leak")]
 
 
 def test_the_noise_of_a_live_run_has_neither_its_warm_up_nor_its_slope() -> None:
@@ -166,6 +177,8 @@ def test_the_plan_is_half_on_each_workload_with_another_seed_in_each_run() -> No
     assert counted == {(name, rate): 2 if rate else 3 for name, rate in counted}
     assert len({run.seed for run in runs}) == len({run.key for run in runs}) == len(runs)
     assert runs == planned(6, 4, [0.05, 0.2], 60.0), "another order the next time"
+    other = planned(6, 4, [0.05, 0.2], 60.0, trial=1)
+    assert not {run.seed for run in runs} & {run.seed for run in other}, "another trial has the same seeds"
 
 
 def test_a_trial_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def attribute(
         if not already:
             tracemalloc.stop()
     lines += [f"in {turns} more turns:", *_by_phase(grown, turns), *_by_site(sites, after, turns)]
+    lines += _in_workers(grown, turns)
     lines += _more("opened and kept", opened_now, opened)
     lines += _more("blocks that the runtime's allocator kept", blocks_now, blocks)
     return [*lines, *FURTHER.splitlines()]
@@ -158,6 +159,13 @@ def _by_site(before: tracemalloc.Snapshot, after: tracemalloc.Snapshot, turns: i
         kilobytes = each.size_diff / turns / 1e3
         lines.append(f"    {kilobytes:+.1f} kB each turn, {each.count_diff:+d} blocks in all: {where}")
     return lines
+
+
+def _in_workers(grown: Mapping[str, Counter[str]], turns: int) -> list[str]:
+    """Say what only the workers know of: their heaps are read, their allocations are not followed."""
+    each_turn = sum(series["workers_heap_bytes"] for series in grown.values()) / turns
+    text = f"  in a worker: {each_turn / 1e3:+.1f} kB each turn of its heap; which line took it is only seen there"
+    return [text] if each_turn >= LEAST_BYTES else []
 
 
 def _more(what: str, now: Counter[str], before: Counter[str]) -> list[str]:

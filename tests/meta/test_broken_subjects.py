@@ -77,7 +77,7 @@ LEAKS = {
     "loses_20_kb_per_chunk_in_its_worker": (
         SUSTAINED,
         {"leak_detected"},
-        [r"workers' heaps in use: grew in every part", r"recording: .*kB workers' heaps in use", r"In a worker"],
+        [r"workers' heaps in use: grew in every part", r"recording: .*kB workers' heaps in use", r"in a worker: \+\d+"],
     ),
     "keeps_a_descriptor_a_thread_and_memory": (
         TOGGLE,

@@ -57,6 +57,20 @@ def test_descriptors_and_threads_are_named(release: threading.Event) -> None:
     assert "4 x descriptor of /dev/null" in said, said
 
 
+def test_what_only_a_worker_lost_is_said_to_be_the_workers() -> None:
+    """By its own counter, whatever this process keeps beside it."""
+    lost_bytes = 0
+
+    def lose() -> None:
+        nonlocal lost_bytes
+        lost_bytes += 20_000
+
+    lines = attribute({"losing": lose}, lambda: take(workers_heap_bytes=lost_bytes), NOTHING)
+    said = "\n".join(lines)
+    assert "in a worker: +20.0 kB each turn of its heap" in said, said
+    assert "in a worker:" not in "\n".join(attribute({"resting": lambda: None}, take, NOTHING))
+
+
 def test_work_that_fails_is_said_and_hides_nothing() -> None:
     def fail() -> None:
         raise OSError("no microphone")

@@ -142,11 +142,16 @@ def judge_series(
     return Growth(verdicts, max(spans.values()))
 
 
-def so_far(sampler: Sampler) -> float | None:
-    """Give the slope of all memory of the host in bytes/s, as it stands; None before there is a verdict."""
+def interval_so_far(sampler: Sampler) -> leaks.Slope | None:
+    """Give the slope of all memory of the host in bytes/s, with its bounds, as it stands; None before there is one."""
     at, used = sampler.readings("uss_bytes")
-    slope = leaks.judge(at, used).slope
-    return None if math.isnan(slope) else slope
+    return leaks.judge(at, used).interval if len(at) >= leaks.SAMPLES_MIN else None
+
+
+def so_far(sampler: Sampler) -> float | None:
+    """Give that slope alone."""
+    interval = interval_so_far(sampler)
+    return None if interval is None else interval[0]
 
 
 def tell(judge: Judge, sampler: Sampler, growth: Growth, looked_into: Callable[[], list[str]]) -> None:
@@ -175,10 +180,9 @@ def table(sampler: Sampler, growth: Growth) -> list[str]:
     for name, verdict in growth.verdicts.items():
         used = sampler.readings(name, unit)[1]
         first, last = int(used[0]), int(used[-1])
-        slope, lower, upper = (each / scale for each in (verdict.slope, verdict.lower, verdict.upper))
         lines.append(
             f"{MEMORY[name]:<40} {first / MB:>7.1f} MB {last / MB:>7.1f} MB {(last - first) / MB:>+7.1f} MB   "
-            f"{slope:+.4f} [{lower:+.4f}, {upper:+.4f}] {verdict.verdict.replace('_', ' ')}"
+            f"{leaks.interval_text(verdict.interval, scale)} {verdict.verdict.replace('_', ' ')}"
         )
     grew = [
         (last_of.uss_bytes - first_of.uss_bytes, first_of, last_of) for first_of, last_of in sampler.processes.values()

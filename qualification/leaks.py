@@ -63,6 +63,8 @@ _UNIT_OF = {"t_s": "s", "cycle": "cycle"}
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+#: A slope with its lower and upper bound.
+Slope = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,11 @@ class LeakVerdict:
     judged_from: float
     unit: str
     reason: str
+
+    @property
+    def interval(self) -> Slope:
+        """The slope with its bounds."""
+        return self.slope, self.lower, self.upper
 
     def plain(self) -> dict[str, str | float | None]:
         """Give what the command prints: numbers that are not finite as None."""
@@ -179,6 +186,12 @@ def judge(
         *(verdict, slope, lower, upper, growth_bytes, risen_bytes),
         *(_stability(drained), float(judged[0]), unit, reason),
     )
+
+
+def interval_text(interval: Slope, scale: float = 1e6) -> str:
+    """Write a slope with its bounds, in so many bytes."""
+    slope, lower, upper = (f"{each / scale:+.4f}" for each in interval)
+    return f"{slope} [{lower}, {upper}]"
 
 
 def warm_up() -> None:
@@ -300,7 +313,7 @@ def _warm_up(times: Floats, blocks: Floats, steps: Sequence[int]) -> int:
     return best
 
 
-def _slope(at: Floats, used: Floats, segments: Ints, confidence: float) -> tuple[float, float, float]:
+def _slope(at: Floats, used: Floats, segments: Ints, confidence: float) -> Slope:
     """Give the median of the slopes of all pairs, and Sen's rank-based one-sided bounds (lower, upper)."""
     slopes = np.sort(_pairs(at, used, segments)[1])
     if len(slopes) < 3:

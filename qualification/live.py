@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Self, TextIO
 
+from qualification.leaks import Slope, interval_text
 from qualification.progress import DRAW_EVERY_S, Progress
 from qualification.subject import EVENT_KINDS
 
@@ -24,9 +25,6 @@ RECENT_EVENTS = 4
 _PRESSURE = "pressure_"
 _COLOURS = {"NORMAL": "green", "WARNING": "yellow", "CRITICAL": "red", "EMERGENCY": "bold red"}
 _NO_RICH = "rich is not installed, so there is one line in place of the live view: pip install rich\n"
-
-#: A slope with its lower and upper bound.
-Slope = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -212,7 +210,7 @@ def _rows(view: View) -> list[tuple[str, str, str]]:
     device = f"{_megabytes(view.device_used_bytes)} of {_megabytes(view.device_limit_bytes)} MB, on {view.device}"
     return [
         ("memory", f"{_megabytes(view.exact_bytes)} MB exact, {_megabytes(view.catch_all_bytes)} MB in all", ""),
-        ("slope", _slope_text(view.slope()), ""),
+        ("slope", f"{interval_text(slope)} MB/s" if (slope := view.slope()) else "not known yet", ""),
         ("device", device if view.device else "-", ""),
         ("pressure", ", ".join([*at, f"told {view.told_level}"]), _COLOURS[worst]),
         ("planted", view.planted or "-", ""),
@@ -233,13 +231,6 @@ def _line(view: View) -> str:
 def _rate(view: View) -> float | None:
     slope = view.slope()
     return None if slope is None else slope[0]
-
-
-def _slope_text(slope: Slope | None) -> str:
-    if slope is None:
-        return "not known yet"
-    value, lower, upper = (f"{each / 1e6:+.4f}" for each in slope)
-    return f"{value} [{lower}, {upper}] MB/s"
 
 
 def _megabytes(size_bytes: float | None) -> str:

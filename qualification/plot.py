@@ -146,8 +146,7 @@ def run_times(events: Iterable[Any], zero_s: float) -> list[tuple[float, str]]:
 
 def slope_text(verdict: leaks.LeakVerdict) -> str:
     """Say what a verdict on leaks is, and its slope with bounds."""
-    slope, lower, upper = (f"{each / 1e6:+.4f}" for each in (verdict.slope, verdict.lower, verdict.upper))
-    return f"{verdict.verdict.replace('_', ' ')}, {slope} [{lower}, {upper}] MB/{verdict.unit}"
+    return f"{verdict.verdict.replace('_', ' ')}, {leaks.interval_text(verdict.interval)} MB/{verdict.unit}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -36,7 +36,7 @@ from qualification.attribution import attribute, opened_at_rest
 from qualification.criteria import Criterion
 from qualification.host import MB
 from qualification.judge import Judge
-from qualification.live import Live, Slope, View, known, where
+from qualification.live import Live, View, known, where
 from qualification.observe import Left, can_rest, counts, left_behind, quiesce, sampler_of
 from qualification.platform_check import MINIMUM_FREE_DISK_BYTES, disk_refusal, gib
 from qualification.records import RecordError
@@ -343,7 +343,7 @@ class Recording:
         # When the sampler's time is 0, as the time that events have.
         self._zero_s = time.time()
         self._live = Live("stress", duration_s)
-        self._slope_at: tuple[Sample | None, Slope | None] = None, None
+        self._slope_at: tuple[Sample | None, leaks.Slope | None] = None, None
         self._elapsed_s = 0.0
         self._spoken = self._accepted = 0
         self._toggles = self._toggles_failed = self._pressure_lost = 0
@@ -429,14 +429,11 @@ class Recording:
     def _sample_every_s(self) -> float:
         return max(SAMPLE_EVERY_LEAST_S, self._duration_s / SAMPLES_PER_RUN)
 
-    def _slope(self) -> Slope | None:
+    def _slope(self) -> leaks.Slope | None:
         """Give the slope so far. To judge takes time and memory itself: once for a sample, and only to be shown."""
         last, (at, slope) = self._sampler.last, self._slope_at
         if last is not at:
-            t_s, used = self._sampler.readings("uss_bytes")
-            if len(t_s) >= leaks.SAMPLES_MIN:
-                verdict = leaks.judge(t_s, used)
-                slope = verdict.slope, verdict.lower, verdict.upper
+            slope = growth.interval_so_far(self._sampler)
             self._slope_at = last, slope
         return slope
 

@@ -11,6 +11,7 @@ cache comes and goes in a rhythm, and that memory once took a step, is found in 
   seasonal Kendall test is (Hirsch and Slack 1984) and widened for readings that resemble the one before (Hamed and
   Rao 1998).
 - Pace: a third of the judged part that is surely slower than the whole, and does not surely grow, stands still.
+- Shape: a straight line explains a leak better than every warm-up that fades within the run does.
 
 ``python -m qualification.leaks TRACE.csv`` judges a trace that was recorded anywhere.
 """
@@ -47,10 +48,10 @@ STEP_DEVIATIONS = 9.0
 #: A part stands still where its slope is below this share of the whole's with this confidence, and not surely above
 #: the floor.
 PACE, PACE_CONFIDENCE, PARTS, PART_BLOCKS = 0.75, 0.97, 3, 8
-#: The later half of a leak has at least this share of the whole's slope: a warm-up of a sixth of the run has not.
-PACE_LEAST = 0.4
-#: What is surely slower at the end than this share of its beginning fades.
-FADES = 0.5
+#: The time constants of warm-ups that a leak is held against, as shares of the run.
+FADES_WITHIN = tuple(np.geomspace(1 / 20, 1 / 4, 12).tolist())
+#: Blocks after the warm-up that may have its tail in them, which is not to be taken for a slower one.
+TAIL_BLOCKS = 2
 #: From this autocorrelation on, a rhythm is one.
 RHYTHM = 0.5
 #: A rhythm that is taken off leaves less than this share, and takes so many readings to be told from chance.
@@ -144,16 +145,15 @@ def judge(
     steps = _steps(blocks)
     first = _warm_up(times, blocks, steps)
     judged = times[first:]
-    slope, lower, upper = _slope(judged, blocks[first:], _segments(judged, times, steps), confidence)
+    segments = _segments(judged, times, steps)
+    slope, lower, upper = _slope(judged, blocks[first:], segments, confidence)
+    after_tail = judged[TAIL_BLOCKS:], blocks[first + TAIL_BLOCKS :], segments[TAIL_BLOCKS:]
     parts = [(*part, _segments(part[0], times, steps)) for part in _parts(at, used, times[first], minima)]
     # Slower is not still: a leak that follows the work is as slow as the work.
     bounded = [_slope(*part, PACE_CONFIDENCE) for part in parts]
     still = [part_upper < PACE * slope and part_lower <= floor for _, part_lower, part_upper in bounded]
-    fades = bounded[-1][2] < FADES * bounded[0][0]
     # A leak may begin late, so only the last part can acquit: growth that has ended is none.
     _, last_lower, last_upper = _slope(*parts[-1], confidence)
-    later = first + len(judged) // 2
-    later_slope = _slope(times[later:], blocks[later:], _segments(times[later:], times, steps), confidence)[0]
     growth_bytes = slope * float(judged[-1] - judged[0])
     fell_bytes = -sum(float(blocks[k + 1] - blocks[k]) for k in steps if k >= first)
     ceiling = CEILING_OF_FLOOR * floor
@@ -171,8 +171,8 @@ def judge(
         reason = f"grew, but stood still in {sum(still)} of {PARTS} parts of the run: run longer: {bounds}"
     elif lower > floor and fell_bytes >= FALL_SHARE_MAX * growth_bytes:
         reason = f"grew, and fell at once: a slow rhythm, or a leak: run longer: {bounds}"
-    elif lower > floor and (fades or later_slope < PACE_LEAST * slope):
-        reason = f"grew, and grows more slowly at the end: a warm-up, or a leak: run longer: {bounds}"
+    elif lower > floor and _fades(*after_tail, floor, float(times[-1] - times[0])):
+        reason = f"grew, and more and more slowly: a warm-up, or a leak: run longer: {bounds}"
     elif lower > floor:
         verdict, reason = "leak", f"grew in every part of the run, faster than {_slope_text(floor, unit)}: {bounds}"
     elif upper < ceiling:
@@ -311,6 +311,22 @@ def _warm_up(times: Floats, blocks: Floats, steps: Sequence[int]) -> int:
         if error < WARM_UP_GAIN * least:
             best, least = begin, error
     return best
+
+
+def _fades(at: Floats, used: Floats, segments: Ints, floor: float, run: float) -> bool:
+    """Say whether a warm-up that fades, and no leak above the floor, leaves less of it unexplained than a line does.
+
+    Where time is warped as the warm-up fades, that is a straight line itself.
+    """
+    above, since = used - floor * at, at - at[0]
+    warped = (1 - np.exp(-since / (share * run)) for share in FADES_WITHIN)
+    return min(_unexplained(each, above, segments) for each in warped) < _unexplained(at, used, segments)
+
+
+def _unexplained(at: Floats, used: Floats, segments: Ints) -> float:
+    """Sum up how far readings are from a straight line that goes on at another level after each step."""
+    rest = used - np.median(_pairs(at, used, segments)[1]) * at
+    return sum(float(np.abs(each - np.median(each)).sum()) for each in (rest[segments == k] for k in set(segments)))
 
 
 def _slope(at: Floats, used: Floats, segments: Ints, confidence: float) -> Slope:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import re
 import resource
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from backends.contract import MemoryReading
 
 KIB = 1024
-#: Blocks of Python's own allocator are of 16 to 512 bytes.
+#: Blocks of Python's own allocator are of 16 to 512 bytes: what one is taken for where Python does not say.
 SMALL_OBJECT_BYTES = 64
+_SMALL_OBJECTS = re.compile(rb"# bytes in allocated blocks\s*=\s*([\d,]+)")
 _MEMINFO = Path("/proc/meminfo")
 _STATUS = Path("/proc/self/status")
 
@@ -47,8 +51,8 @@ def available_bytes() -> int:
 def heap_used_bytes() -> int | None:
     """Read what this process has taken from the C library's heap and not freed; None where that cannot be read (glibc).
 
-    An exact counter, with one estimate in it: Python's small objects, which are not on that heap, are counted, and
-    taken for SMALL_OBJECT_BYTES each. It does not see what is mapped past both.
+    Python's small objects, which are not on that heap, are added. An exact counter, which does not see what is mapped
+    past both.
     """
     import psutil
 
@@ -56,7 +60,52 @@ def heap_used_bytes() -> int | None:
     if read is None:
         return None
     heap = read()
-    return int(heap.heap_used + heap.mmap_used) + SMALL_OBJECT_BYTES * sys.getallocatedblocks()
+    return int(heap.heap_used + heap.mmap_used) + small_objects_bytes()
+
+
+def small_objects_bytes() -> int:
+    """Read what Python's own allocator has given out and not taken back.
+
+    By its own statistics, which ``sys._debugmallocstats`` prints. Where they cannot be had, an estimate: a Python that
+    does not export them, a C library without ``open_memstream``, no memory for the text.
+    """
+    statistics = _allocator_statistics()
+    found = _SMALL_OBJECTS.search(statistics()) if statistics is not None else None
+    if found is None:
+        # Of those that are on the C library's heap, as with PYTHONMALLOC=malloc, there are none.
+        return SMALL_OBJECT_BYTES * sys.getallocatedblocks()
+    return int(found[1].replace(b",", b""))
+
+
+@functools.cache
+def _allocator_statistics() -> Callable[[], bytes] | None:
+    """Give what reads the statistics of Python's allocator as text, empty where there is no memory for it."""
+    library = ctypes.CDLL(None)
+    try:
+        # Called with the interpreter's lock held.
+        write, open_, close, free = (
+            ctypes.pythonapi._PyObject_DebugMallocStats,
+            *(library.open_memstream, library.fclose, library.free),
+        )
+    except AttributeError:
+        return None
+    write.argtypes = close.argtypes = free.argtypes = (ctypes.c_void_p,)
+    open_.argtypes = (ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_size_t))
+    open_.restype = ctypes.c_void_p
+
+    def read() -> bytes:
+        text, size = ctypes.c_void_p(), ctypes.c_size_t()
+        stream = open_(ctypes.byref(text), ctypes.byref(size))
+        if not stream:
+            return b""
+        write(stream)
+        close(stream)
+        try:
+            return ctypes.string_at(text, size.value) if text.value else b""
+        finally:
+            free(text)
+
+    return read
 
 
 def spendable_bytes() -> int:

@@ -22,6 +22,7 @@ import argparse
 import csv
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ from numpy.typing import ArrayLike, NDArray
 BLOCKS = SAMPLES_MIN = 24
 #: More readings become medians before anything else.
 READINGS_MAX = 50 * BLOCKS
+#: Where the usual time between readings is below this share of the mean, most were taken close together: those within
+#: a part of the run become one, so that a second of it does not count for as much as the rest.
+UNEVEN, EVEN_PARTS = 0.25, 10 * BLOCKS
 #: No memory is larger, and squares of it are still numbers.
 NUMBER_MAX = 1e18
 #: By unit, the slopes up to which growth is no leak. A run has to exclude a slope of ``CEILING_OF_FLOOR`` times that.
@@ -45,6 +49,8 @@ STEPS_MAX = 2
 FALL_SHARE_MAX = 1 / 3
 #: A jump is a step where it is so many times as far from the usual one as jumps commonly are (median deviation).
 STEP_DEVIATIONS = 9.0
+#: Two steps up are alike where the smaller is this share of the larger: something may be lost at regular times.
+STEPS_ALIKE = 0.85
 #: A part stands still where its slope is below this share of the whole's with this confidence, and not surely above
 #: the floor.
 PACE, PACE_CONFIDENCE, PARTS, PART_BLOCKS = 0.75, 0.97, 3, 8
@@ -132,9 +138,15 @@ def judge(
         floor = FLOORS[unit]
     elif not 0 <= floor < math.inf:
         raise ValueError(f"floor is {floor}: expected at least 0 bytes per {unit}")
+    readings = f"{len(raw)} readings"
+    if _is_uneven(raw_at):
+        part = np.floor((raw_at - raw_at[0]) / (raw_at[-1] - raw_at[0]) * EVEN_PARTS)
+        begins = np.flatnonzero(np.diff(part)) + 1
+        raw_at, raw = _reduced(np.split(raw_at, begins), np.split(raw, begins), minima)
+        readings += f", {len(raw)} without those close together"
     if len(raw) < SAMPLES_MIN:
         nan = math.nan
-        reason = f"{len(raw)} readings: at least {SAMPLES_MIN} are needed"
+        reason = f"{readings}: at least {SAMPLES_MIN} are needed"
         return LeakVerdict("inconclusive", nan, nan, nan, nan, nan, nan, nan, unit, reason)
 
     # More says nothing more, and takes long.
@@ -163,7 +175,9 @@ def judge(
         f"and at most {_slope_text(upper, unit)}"
     )
     verdict = "inconclusive"
-    if last_lower > floor and lower <= floor:
+    if _rises_alike(blocks, steps) > ceiling * float(times[-1] - times[0]):
+        reason = f"rose twice, by about the same: a leak that comes in steps, or none: run longer: {bounds}"
+    elif last_lower > floor and lower <= floor:
         reason = f"grows at the end, and did not from the beginning: run longer: {bounds}"
     elif lower > floor and still[-1]:
         verdict, reason = "no_leak", f"grew, and stands still at the end: {bounds}"
@@ -257,9 +271,18 @@ def _usual(at: Floats, rest: Floats, period: float, points: int) -> Floats:
 def _blocks(at: Floats, used: Floats, blocks: int, minima: bool) -> tuple[Floats, Floats]:
     """Reduce to the medians in time, and the medians or minima in value, of at most so many blocks of equal count."""
     blocks = min(blocks, len(at))
+    return _reduced(np.array_split(at, blocks), np.array_split(used, blocks), minima)
+
+
+def _reduced(times: Iterable[Floats], values: Iterable[Floats], minima: bool) -> tuple[Floats, Floats]:
     reduce = np.min if minima else np.median
-    times = [float(np.median(block)) for block in np.array_split(at, blocks)]
-    return np.array(times), np.array([float(reduce(block)) for block in np.array_split(used, blocks)])
+    return np.array([np.median(each) for each in times]), np.array([reduce(each) for each in values])
+
+
+def _is_uneven(at: Floats) -> bool:
+    """Say whether most readings were taken close together, in a small part of the time."""
+    between = np.diff(at)
+    return len(between) > 0 and bool(np.median(between) < UNEVEN * np.mean(between))
 
 
 def _steps(blocks: Floats) -> list[int]:
@@ -270,6 +293,14 @@ def _steps(blocks: Floats) -> list[int]:
     # A step inside a block is a jump to it and another from it; what takes longer is none.
     runs = [run for run in np.split(far, np.flatnonzero(np.diff(far) > 1) + 1) if 0 < len(run) <= 2]
     return [int(k) for run in runs for k in run] if len(runs) <= STEPS_MAX else []
+
+
+def _rises_alike(blocks: Floats, steps: Sequence[int]) -> float:
+    """Give what two steps up of about the same size rise by together; 0 where there are no such two."""
+    jumps = np.diff(blocks)
+    # A step inside a block is two jumps.
+    rises = [float(jumps[run].sum()) for run in np.split(steps, np.flatnonzero(np.diff(steps) > 1) + 1) if len(run)]
+    return sum(rises) if len(rises) == 2 and 0 < STEPS_ALIKE * max(rises) <= min(rises) else 0.0
 
 
 def _segments(at: Floats, times: Floats, steps: Sequence[int]) -> Ints:
@@ -302,7 +333,8 @@ def _warm_up(times: Floats, blocks: Floats, steps: Sequence[int]) -> int:
         level[k + 1 :] -= jumps[k] - np.median(jumps)
     first, slopes = _pairs(times, level, np.zeros(len(times), dtype=np.int64))
     best, least = 0, math.inf
-    for begin in range(len(times) // 2 + 1):
+    # Half of the readings, and half of the time.
+    for begin in range(min(len(times) // 2, int(np.searchsorted(times, (times[0] + times[-1]) / 2))) + 1):
         rest = level[begin:] - float(np.median(slopes[first >= begin])) * times[begin:]
         rest = rest - np.median(rest)
         # The median deviation does not see a short warm-up at all, the root mean square sees a spike too well.
@@ -395,7 +427,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, csv.Error) as error:
         print(f"{parser.prog}: {options.trace}: {error}", file=sys.stderr)
         found = {"verdict": "inconclusive", "reason": f"not judged: {error}"}
-    print(json.dumps(found, allow_nan=False))
+    try:
+        if sys.stdout is None:
+            raise OSError("standard output is closed")
+        print(json.dumps(found, allow_nan=False), flush=True)
+    except OSError as error:
+        # An exit status of 1 would say that there is a leak. What is left in the buffer would be written at the end.
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if sys.stderr is not None:
+            print(f"{parser.prog}: the verdict cannot be written: {error}", file=sys.stderr)
+        return EXIT_INCONCLUSIVE
     return {"no_leak": EXIT_NO_LEAK, "leak": EXIT_LEAK}.get(str(found["verdict"]), EXIT_INCONCLUSIVE)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import math
+import operator
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -218,10 +219,11 @@ class Sampler:
         if self._workers_heap_bytes is None:
             return UNREAD
         try:
-            return self._workers_heap_bytes()
+            used_bytes = operator.index(self._workers_heap_bytes())
         except Exception:
-            # A worker that is gone, stopped or just starting; whatever a subject raises then.
+            # A worker that is gone, stopped or just starting; whatever a subject raises then, or answers.
             return UNREAD
+        return max(used_bytes, UNREAD)
 
     def _follow(self, sample: Sample) -> None:
         for process in sample.processes:

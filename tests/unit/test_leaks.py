@@ -137,6 +137,19 @@ def test_a_staircase_leak_is_found() -> None:
     assert verdict.verdict == "leak", verdict.reason
 
 
+def test_two_steps_up_that_are_alike_prove_nothing() -> None:
+    """What is lost every 25 s shows twice in 60 s: it is not proved healthy, and found when it goes on."""
+    verdicts = [judge(t, BASE_BYTES + 10e6 * (t // 25)).verdict for t in (T_S, np.arange(0, 240, 0.25))]
+    assert verdicts == ["inconclusive", "leak"], f"{verdicts}"
+
+
+def test_a_warm_up_is_half_of_the_time_at_most() -> None:
+    """However many of the readings were taken at the end: those of a second say nothing of a minute."""
+    at = np.concatenate([np.arange(60.0), 59 + np.arange(1, 181) / 180])
+    verdicts = [judge(at, BASE_BYTES + 1e6 * ((at + shift) % 5)) for shift in range(5)]
+    assert all(each.judged_from <= 30 and each.verdict != "leak" for each in verdicts), f"{verdicts}"
+
+
 def test_a_leak_under_a_sawtooth_is_found() -> None:
     """0.3 MB/s below a 2 MB sawtooth."""
     verdict = _judge(lambda t: 0.3e6 * t + 2e6 * (t % 4) / 4, seed=0)
@@ -315,6 +328,22 @@ def test_the_options_of_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert (status, found["verdict"]) == (1, "leak"), f"{found}"
     options = ("--column", "uss_bytes", "--floor", "200000")
     assert _command(text, *options, monkeypatch=monkeypatch, capsys=capsys)[0] == 0
+
+
+@pytest.mark.parametrize("target", ["/dev/full", "closed"])
+def test_a_verdict_that_cannot_be_written_is_no_leak_found(target: str, tmp_path: Path) -> None:
+    """A status of 1 would say that there is one."""
+    path = tmp_path / "trace.csv"
+    path.write_text(_lines(HEALTHY["steady"]), encoding="utf-8")
+    redirected = ">&-" if target == "closed" else f">{target}"
+    done = subprocess.run(
+        ["sh", "-c", f'exec "$0" -m qualification.leaks "$1" {redirected}', sys.executable, str(path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "cannot be written" in done.stderr, f"{done.returncode}: {done.stderr}"
 
 
 def test_a_file_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:

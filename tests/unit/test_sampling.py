@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
+from backends import host
+from backends.host import SMALL_OBJECT_BYTES, _allocator_statistics
+from qualification import sampling
 from qualification.records import thin
 from qualification.sampling import SERIES, UNREAD, Sample, Sampler, take
 
@@ -171,13 +176,28 @@ def test_every_number_has_a_series() -> None:
 
 
 def test_small_objects_are_counted_with_the_heap() -> None:
-    """Python takes them past the C library's heap: 200,000 are 12.8 MB at 64 bytes each."""
+    """Python takes them past the C library's heap, and says how many bytes they are."""
     before = take()
     if before.heap_used_bytes == UNREAD:
         pytest.skip("the heap in use cannot be read here")
-    kept = [str(number) for number in range(200_000)]
+    kept = [bytes(size) for size in range(1, 480, 4) for _ in range(500)]
     rose = take().heap_used_bytes - before.heap_used_bytes
-    assert rose > 200_000 * 64, f"{len(kept)} strings are {rose} bytes"
+    # The list itself is on the heap.
+    due = sum(map(sys.getsizeof, kept)) + sys.getsizeof(kept)
+    if _allocator_statistics() is None:
+        due = SMALL_OBJECT_BYTES * len(kept)
+    # Each takes up to 16 bytes more than it needs.
+    assert 0.97 * due < rose < 1.1 * due + 16 * len(kept), f"{len(kept)} objects of {due} bytes in all are {rose} bytes"
+
+
+def test_where_python_does_not_say_what_its_small_objects_take_they_are_estimated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host, "_allocator_statistics", lambda: None)
+    before = host.small_objects_bytes()
+    kept = [bytes(100) for _ in range(10_000)]
+    rose = host.small_objects_bytes() - before
+    assert rose == pytest.approx(SMALL_OBJECT_BYTES * len(kept), rel=0.05), f"{len(kept)} objects are {rose} bytes"
 
 
 def test_the_workers_heaps_are_asked_for_and_may_be_unknown() -> None:
@@ -200,13 +220,21 @@ def test_the_workers_heaps_are_asked_for_and_may_be_unknown() -> None:
     assert "workers_heap_bytes" in sampler.memory_series and "workers_heap_bytes" not in without.memory_series
 
 
-def test_a_card_is_judged_only_where_nobody_else_uses_it() -> None:
-    """Here none of its readings is a number, so that it is not judged even then."""
-    card = "GPU-00000000-0000-0000-0000-000000000000"
-    samplers = [Sampler(card=card, card_is_ours=ours) for ours in (False, True)]
-    for sampler in samplers:
+def test_a_card_is_judged_only_where_nobody_else_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only by readings that are numbers. There is no such card here: its reading is put in the place of one."""
+    for used_bytes, ours, judged in ((5, True, True), (5, False, False), (UNREAD, True, False)):
+        monkeypatch.setattr(sampling, "_card_used_bytes", lambda _, used_bytes=used_bytes: used_bytes)
+        sampler = Sampler(card="GPU-00000000-0000-0000-0000-000000000000", card_is_ours=ours)
         sampler.sample()
-        assert "card_used_bytes" not in sampler.memory_series and "card_used_bytes" in sampler.recorded()
+        found = "card_used_bytes" in sampler.memory_series
+        assert found == judged and "card_used_bytes" in sampler.recorded(), f"{used_bytes}, ours {ours}: judged {found}"
+
+
+@pytest.mark.parametrize("answer", [None, math.nan, -1, "7", 7.5])
+def test_an_answer_of_the_workers_that_is_no_size_is_no_reading(answer: Any) -> None:
+    """A subject may say anything; the series is of what could be read."""
+    sampler = Sampler(workers_heap_bytes=lambda: answer)
+    assert sampler.sample().workers_heap_bytes == UNREAD and "workers_heap_bytes" not in sampler.memory_series
 
 
 def test_each_process_is_followed_from_its_first_reading_to_its_last() -> None:

@@ -29,6 +29,8 @@ from qualification.subject import DEFAULT_SUBJECT, SubjectContext
 
 MB = 1_000_000
 PIECE_BYTES = (2_000, 65_536)
+#: Of every second leak: small objects, which Python does not take from the C library's heap.
+SMALL_PIECE_BYTES = (30, 430)
 CHURN_BYTES = (1 * MB, 50 * MB)
 CHURN_THREADS = 2
 LIVE_ARRAYS = 32
@@ -67,13 +69,17 @@ class Workload(Protocol):
 
 
 class Leak:
-    """Memory that is kept for ever: bytearrays of random sizes, every byte written, ``rate`` bytes a second."""
+    """Memory that is kept for ever: bytes of random sizes, every one written, ``rate`` a second.
+
+    An even seed has pieces of PIECE_BYTES, an odd one of SMALL_PIECE_BYTES.
+    """
 
     def __init__(self, seed: int, rate: float, clock_s: Callable[[], float] = time.monotonic) -> None:
         """Keep nothing before the beginning."""
         self._chance, self._rate, self._clock_s = random.Random(seed), rate, clock_s
         self._began_s = math.inf
-        self._pieces: list[bytearray] = []
+        self._piece_bytes = SMALL_PIECE_BYTES if seed % 2 else PIECE_BYTES
+        self._pieces: list[bytes] = []
         self._next_bytes = self._size()
         self.kept_bytes = 0
 
@@ -86,12 +92,12 @@ class Leak:
         due_bytes = self._rate * (self._clock_s() - self._began_s)
         while self.kept_bytes + self._next_bytes <= due_bytes:
             # Of zeros it would be pages that were never touched.
-            self._pieces.append(bytearray(b"\xa5") * self._next_bytes)
+            self._pieces.append(b"\xa5" * self._next_bytes)
             self.kept_bytes += self._next_bytes
             self._next_bytes = self._size()
 
     def _size(self) -> int:
-        return round(math.exp(self._chance.uniform(*map(math.log, PIECE_BYTES))))
+        return round(math.exp(self._chance.uniform(*map(math.log, self._piece_bytes))))
 
 
 class Noisy:

@@ -298,7 +298,7 @@ def make(
                     _end(process)
                 if process.poll() is None:
                     continue
-                record = {**_outcome(folder, run, process.returncode, late), "jobs": jobs}
+                record = {**_outcome(folder, run, process.returncode, late), "jobs": jobs, "commit": _commit()}
                 append(folder, record)
                 del under_way[run]
                 done += 1
@@ -513,27 +513,28 @@ def rate_text(rate: float) -> str:
 
 
 def live_table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Write what came of live runs: a line for each workload and rate, and for each rate in all."""
+    """Write what came of live runs: a line for each workload, rate and duration, and for each rate in all."""
     header = [
-        *("Workload", "Planted", "Runs", "Leak", "99 % bounds", "No leak", "Inconclusive", "Crashed"),
+        *("Workload", "Planted", "Seconds", "Runs", "Leak", "99 % bounds", "No leak", "Inconclusive", "Crashed"),
         *("Lower bound, smallest", "median", "Naive slope"),
         *(f"Naive > {gate:g} MB/s" for gate in NAIVE_GATES_MB_PER_S),
     ]
     groups = [
-        (workload, rate)
-        for rate in sorted({run["rate"] for run in runs})
+        (workload, rate, duration_s)
+        for rate, duration_s in sorted({(run["rate"], run["duration_s"]) for run in runs})
         for workload in (*sorted({run["workload"] for run in runs}), "both")
     ]
     rows = []
-    for workload, rate in groups:
-        alike = [run for run in runs if run["rate"] == rate and workload in (run["workload"], "both")]
+    for workload, rate, duration_s in groups:
+        about = rate, duration_s
+        alike = [r for r in runs if (r["rate"], r["duration_s"]) == about and workload in (r["workload"], "both")]
         ended = [run for run in alike if "crash" not in run]
         leak, *others = (sum(run["verdict"] == each for run in ended) for each in VERDICTS)
         lowers = [lower for run in ended if math.isfinite(lower := _lower(run) / MB)]
         naive = [run["naive"]["first_to_last"] / MB for run in ended]
         rows.append(
             [
-                *(workload, rate_text(rate), len(alike), leak, bounds(leak, len(alike)), *others),
+                *(workload, rate_text(rate), f"{duration_s:g}", len(alike), leak, bounds(leak, len(alike)), *others),
                 len(alike) - len(ended),
                 *((f"{min(lowers):+.4f}", f"{statistics.median(lowers):+.4f}") if lowers else ("–", "–")),
                 f"{min(naive):+.2f} to {max(naive):+.2f}" if naive else "–",
@@ -638,7 +639,7 @@ def page(folder: Path, judged_again: bool = False) -> str:
     if judged_again:
         runs = list(again(folder, runs))
         compared = list(again(folder / "peers", compared))
-        again_text = " Our verdicts are those that the kept samples get now: judged again."
+        again_text = f" Our verdicts are those that the kept samples get by commit {_commit()}: judged again."
     parts = [
         "# How often the verdict on leaks is wrong\n",
         f"Written on {datetime.now(UTC):%Y-%m-%d} (UTC) on {machine(versions())}.\n",
@@ -669,11 +670,12 @@ def page(folder: Path, judged_again: bool = False) -> str:
 
 
 _ABOUT_LIVE = """\
-Each run is a process of its own that works for a minute and is sampled four times a second, at rest. *noisy* has arrays
-of up to 50 MB come and go over a live set that fluctuates; *pipeline* answers 8 s of speech a turn. What is planted is
-kept for ever, in pieces of 2 to 64 KB. A run is called a leak if one of its series is. *Naive* is the resident memory,
-read by a thread all the time, from the first reading to the last. Bounds are exact (Clopper-Pearson). Lower bounds are
-the heap's; they and slopes are in MB/s. A run that crashed is among the runs, and no leak was found in it. """
+Each run is a process of its own that works for so many seconds and is sampled four times a second, at rest. *noisy* has
+arrays of up to 50 MB come and go over a live set that fluctuates; *pipeline* answers 8 s of speech a turn. What is
+planted is kept for ever, in pieces of 2 to 64 KB or, in every second run or so, in small objects of 30 to 430 bytes. A
+run is called a leak if one of its series is. *Naive* is the resident memory, read by a thread all the time, from the
+first reading to the last. Bounds are exact (Clopper-Pearson). Lower bounds are the heap's; they and slopes are in MB/s.
+A run that crashed is among the runs, and no leak was found in it. """
 _ABOUT_PEERS = """\
 The same leaks, of 0.05 and 0.2 MB/s at our pace of {turns_per_s:g} turns a second, on the workload *noisy* and on parts
 of it: in *churn* only arrays come and go, in *cache* a bounded cache is replaced, too. A turn leaks the same whatever
@@ -694,7 +696,17 @@ def _made(runs: Sequence[Mapping[str, Any]]) -> str:
     days = sorted({run["ended"][:10] for run in runs if "ended" in run})
     jobs = sorted({run["jobs"] for run in runs if "jobs" in run})
     when = f"Made on {' to '.join(dict.fromkeys((days[0], days[-1])))}" if days else "Made"
-    return f"{when}{f', {jobs[-1]} at a time' if jobs else ''}."
+    commits = list(dict.fromkeys(str(run["commit"]) for run in runs if "commit" in run))
+    by = f" by commit {' and '.join(commits)}" if commits else ""
+    return f"{when}{by}{f', {jobs[-1]} at a time' if jobs else ''}."
+
+
+def _commit() -> str:
+    """Say which commit this is, and whether anything was changed in it."""
+    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    return "unknown"
 
 
 def versions() -> str:

@@ -9,6 +9,7 @@ import gc
 import os
 import re
 import sys
+import threading
 import time
 import tracemalloc
 from collections import Counter
@@ -30,6 +31,8 @@ LEAST_BYTES = 1_000
 _FRAMES = 12
 _NUMBERED = re.compile(r"^(socket|pipe|anon_inode):.*")
 
+_NUMBER = re.compile(r"\d+")
+
 FURTHER = """\
 look further:
   python    PYTHONTRACEMALLOC=25 and tracemalloc.take_snapshot(), or memray run --native -m pytest ...
@@ -48,38 +51,42 @@ def attribute(
 
     The first turn is warm-up. Work that fails ends it early, which is said.
     """
-    lines: list[str] = []
     grown: dict[str, Counter[str]] = {name: Counter() for name in phases}
     already = tracemalloc.is_tracing()
     if not already:
         tracemalloc.start(_FRAMES)
-    done = 0
+    done, failed = 0, ""
     try:
         for phase in phases.values():
             phase()
         before = read()
         blocks, sites, opened = runtime_blocks(), _snapshot(), opened_at_rest(process_ids)
-        for _ in range(turns):
-            for name, phase in phases.items():
-                phase()
-                now = read()
-                for series in (*MEMORY, "descriptors", "threads", "children"):
-                    was, is_ = getattr(before, series), getattr(now, series)
-                    grown[name][series] += 0 if UNREAD in (was, is_) else is_ - was
-                before = now
-            done += 1
+        try:
+            for _ in range(turns):
+                for name, phase in phases.items():
+                    phase()
+                    now = read()
+                    for series in (*MEMORY, "descriptors", "threads", "children"):
+                        was, is_ = getattr(before, series), getattr(now, series)
+                        grown[name][series] += 0 if UNREAD in (was, is_) else is_ - was
+                    before = now
+                done += 1
+        except Exception as error:
+            if not done:
+                raise
+            failed = f"turn {done + 1} failed: {_said(error)}"
         after = _snapshot()
         opened_now, blocks_now = opened_at_rest(process_ids), runtime_blocks()
     except Exception as error:
-        return [f"what grew could not be looked into: turn {done + 1} failed: {type(error).__name__}: {error}"[:300]]
+        return [f"what grew could not be looked into: turn {done + 1} failed: {_said(error)}", *FURTHER.splitlines()]
     finally:
         if not already:
             tracemalloc.stop()
-    lines += [f"in {turns} more turns:", *_by_phase(grown, turns), *_by_site(sites, after, turns)]
-    lines += _in_workers(grown, turns)
+    lines = [f"in {done} more turns:", *_by_phase(grown, done), *_by_site(sites, after, done)]
+    lines += _in_workers(grown, done)
     lines += _more("opened and kept", opened_now, opened)
     lines += _more("blocks that the runtime's allocator kept", blocks_now, blocks)
-    return [*lines, *FURTHER.splitlines()]
+    return [*lines, *([failed] if failed else []), *FURTHER.splitlines()]
 
 
 def what_is_open(process_ids: Iterable[int]) -> Counter[str]:
@@ -96,9 +103,12 @@ def what_is_open(process_ids: Iterable[int]) -> Counter[str]:
                     target = str(link.readlink())
                     if target != f"/proc/{process_id}/fd":
                         found["descriptor of " + _NUMBERED.sub(r"a \1", target)] += 1
+            # The kernel knows the names that Python gives its threads from 3.14 on only.
+            names = {each.native_id: each.name for each in threading.enumerate()} if process_id == os.getpid() else {}
             for task in (folder / "task").iterdir():
                 with suppress(OSError):
-                    found[f"thread {(task / 'comm').read_text().strip()}"] += 1
+                    name = names.get(int(task.name)) or (task / "comm").read_text().strip()
+                    found["thread " + _NUMBER.sub("N", name)] += 1
     return found
 
 
@@ -176,6 +186,10 @@ def _more(what: str, now: Counter[str], before: Counter[str]) -> list[str]:
 def _short(name: str) -> str:
     path = Path(name)
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else "/".join(path.parts[-2:])
+
+
+def _said(error: Exception) -> str:
+    return _printable(f"{type(error).__name__}: {error}")
 
 
 def _printable(text: str) -> str:

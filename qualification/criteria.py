@@ -123,6 +123,7 @@ CRITERIA: tuple[Criterion, ...] = tuple(
         ("allocations_failed", "==", 0, "allocations", "All allocations complete"),
         ("baseline_excess", "<=", 16.0, "MB", "Memory returns to baseline (within 16 MB)"),
         ("growth_per_cycle", "<", 4.0, "kB", "Memory growth < 4 KB per cycle"),
+        ("leak_detected", "==", 0, "leaks", "No leak detected from cycle to cycle"),
         ("fragmentation", "<=", 5.0, "%", "No fragmentation (largest block at most 5% smaller than at the start)"),
     )
     + _for(

@@ -157,19 +157,21 @@ def so_far(sampler: Sampler) -> float | None:
 def tell(judge: Judge, sampler: Sampler, growth: Growth, looked_into: Callable[[], list[str]]) -> None:
     """Give the evidence: of a leak as the first lines of a failure, then what grew, and what that consists of.
 
-    Last, when everything was judged: ``looked_into`` takes its time. It is only called where a leak failed the test.
+    Last, when everything was judged: ``looked_into`` takes its time. It is only called where growth failed the test.
     """
     leaked = growth.worst.verdict == "leak"
+    failed = any(each.criterion.name in _OF_LEAKS for each in judge.failed)
     per, scale = _SHOWN[growth.worst.unit]
     judge.say("📊 Results:")
     judge.say(f"  Leak detected: {leaked}")
     judge.say(f"  Growth rate: {growth.worst.slope / scale:.3f} {per}")
     judge.say(f"  Total growth: {growth.worst.risen_bytes / MB:.1f} MB")
     judge.say(f"  {growth.reason}")
-    if leaked and any(each.criterion.name in _OF_LEAKS for each in judge.failed):
-        judge.complaint = "\n".join(["Memory leak detected!", "", *table(sampler, growth), *looked_into()])
+    grew = ["", *table(sampler, growth), *(looked_into() if failed else [])]
+    if leaked and failed:
+        judge.complaint = "\n".join(["Memory leak detected!", *grew])
     else:
-        judge.say("\n".join(["", *table(sampler, growth)]))
+        judge.say("\n".join(grew))
 
 
 def table(sampler: Sampler, growth: Growth) -> list[str]:

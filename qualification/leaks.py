@@ -175,7 +175,7 @@ def judge(
         f"and at most {_slope_text(upper, unit)}"
     )
     verdict = "inconclusive"
-    if _rises_alike(blocks, steps) > ceiling * float(times[-1] - times[0]):
+    if _rises_alike(times, blocks, steps) > ceiling * float(times[-1] - times[0]):
         reason = f"rose twice, by about the same: a leak that comes in steps, or none: run longer: {bounds}"
     elif last_lower > floor and lower <= floor:
         reason = f"grows at the end, and did not from the beginning: run longer: {bounds}"
@@ -295,9 +295,11 @@ def _steps(blocks: Floats) -> list[int]:
     return [int(k) for run in runs for k in run] if len(runs) <= STEPS_MAX else []
 
 
-def _rises_alike(blocks: Floats, steps: Sequence[int]) -> float:
+def _rises_alike(times: Floats, blocks: Floats, steps: Sequence[int]) -> float:
     """Give what two steps up of about the same size rise by together; 0 where there are no such two."""
-    jumps = np.diff(blocks)
+    between, jumps = np.diff(times), np.diff(blocks)
+    # What goes on between steps is none of them.
+    jumps = jumps - np.median(jumps / between) * between
     # A step inside a block is two jumps.
     rises = [float(jumps[run].sum()) for run in np.split(steps, np.flatnonzero(np.diff(steps) > 1) + 1) if len(run)]
     return sum(rises) if len(rises) == 2 and 0 < STEPS_ALIKE * max(rises) <= min(rises) else 0.0

@@ -377,6 +377,8 @@ class Recording:
             self._sample(subject)
             self._left = left_behind(subject, opened)
             self._growth = self._judge_growth(subject)
+            # What follows can be cut short.
+            ending.in_order = False
             try:
                 self._looked_into = self._look_into(subject)
             except KeyboardInterrupt:
@@ -460,6 +462,10 @@ class Recording:
         with self._noting_a_crash():
             self._told = counts(subject)
             self._events = plot.run_times(subject.events(), self._zero_s)
+        with self._noting_a_crash():
+            # What leaked until it failed is perhaps why.
+            if self._growth is None:
+                self._growth = self._judge_growth(subject)
         with self._noting_a_crash():
             self._results = list(subject.results())
         with self._noting_a_crash():

@@ -54,7 +54,7 @@ def test_descriptors_and_threads_are_named(release: threading.Event) -> None:
             os.close(descriptor)
     said = "\n".join(lines)
     assert re.search(r"opening: .*\+4 descriptors", said) and re.search(r"starting: .*\+4 threads", said), said
-    assert "4 x descriptor of /dev/null" in said, said
+    assert "4 x descriptor of /dev/null" in said and "4 x thread forgotten" in said, said
 
 
 def test_what_only_a_worker_lost_is_said_to_be_the_workers() -> None:
@@ -75,9 +75,23 @@ def test_work_that_fails_is_said_and_hides_nothing() -> None:
     def fail() -> None:
         raise OSError("no microphone")
 
-    (line,) = attribute({"recording": fail}, take, NOTHING)
+    line, *further = attribute({"recording": fail}, take, NOTHING)
     assert line == "what grew could not be looked into: turn 1 failed: OSError: no microphone"
-    assert not tracemalloc.is_tracing()
+    assert further[0] == "look further:" and not tracemalloc.is_tracing()
+
+
+def test_what_was_learned_before_the_work_failed_is_said() -> None:
+    lost: list[bytearray] = []
+
+    def lose() -> None:
+        if len(lost) == 3:
+            raise OSError("no microphone")
+        lost.append(bytearray(b"x") * 300_000)
+
+    said = "\n".join(attribute({"losing": lose}, take, NOTHING))
+    # One of the three was the warm-up.
+    assert "in 2 more turns:" in said and "turn 3 failed: OSError: no microphone" in said, said
+    assert re.search(r"\+300\.\d kB each turn", said), said
 
 
 def test_tracing_that_was_there_stays() -> None:

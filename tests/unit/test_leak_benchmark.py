@@ -201,8 +201,8 @@ def test_a_run_that_crashed_is_no_healthy_run(tmp_path: Path) -> None:
     found = read_runs(tmp_path)
     assert "exit status 1: no memory left" in found[1]["crash"] and "verdict" not in found[1]
     cells = [cell.strip() for cell in live_table(found).splitlines()[2].split("|")]
-    # Runs, leaks, their bounds, no leak, inconclusive, crashed.
-    assert cells[1:9] == ["noisy", "healthy", "2", "0", "0.0% to 92.9%", "1", "0", "1"]
+    # Seconds, runs, leaks, their bounds, no leak, inconclusive, crashed.
+    assert cells[1:10] == ["noisy", "healthy", "1", "2", "0", "0.0% to 92.9%", "1", "0", "1"]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.leaks", "live", "--folder", tmp_path, "--healthy", "0", "--planted", "0"],
         cwd=ROOT,

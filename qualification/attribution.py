@@ -1,6 +1,6 @@
 """What a leak consists of: the work is repeated a few times, phase by phase, and everything that stays is named.
 
-Only once a verdict is "leak": following every allocation of Python's slows the work down, and takes memory itself.
+Only once growth has failed a test: following every allocation of Python's slows the work down, and takes memory itself.
 """
 
 from __future__ import annotations

@@ -99,6 +99,13 @@ class Crashing(Healthy):
         return super().feed(start, block)
 
 
+class LeakingUntilItFails(Leaking):
+    def feed(self, start, block):
+        if start >= 1_120_000:
+            raise MemoryError("nothing is left")
+        return super().feed(start, block)
+
+
 class Stuck(Healthy):
     def toggle(self):
         return True
@@ -268,6 +275,13 @@ def test_a_planted_leak_is_found(run: Any, planted: Any) -> None:
     done = run("--duration", "0.003", *planted("Leaking"), command=DENSE)
     assert done.status == stress.EXIT_FAILED, done.output
     assert "leak_detected" in done.failed()
+
+
+def test_what_leaked_until_the_subject_failed_is_judged(run: Any, planted: Any) -> None:
+    """After 10 s of speech: that memory ran out is what the leak did."""
+    done = run("--duration", "0.01", *planted("LeakingUntilItFails"), command=DENSE)
+    assert done.status == stress.EXIT_FAILED and "MemoryError: nothing is left" in done.output, done.output
+    assert {"crashes", "leak_detected"} <= done.failed(), done.output
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -107,6 +107,18 @@ def test_what_is_healthy_is_not_looked_into(judge: Judge) -> None:
     assert not judge.complaint and "Leak detected: False" in "\n".join(judge.evidence)
 
 
+def test_growth_that_failed_is_looked_into_whatever_the_verdict_on_leaks(judge: Judge) -> None:
+    """A rate above its limit is no proved leak where the readings leave that open."""
+    sampler, kept = _leaking_sampler(400_000)
+    few = growth.judge_series({"uss_bytes": ([0.0], [1.0])}, unit="cycle")
+    judge("growth_rate", 5.0)
+    growth.tell(judge, sampler, few, lambda: ["looked into"])
+    assert few.worst.verdict == "inconclusive" and judge.evidence[-1].endswith("looked into"), (
+        f"{len(kept)} blocks kept"
+    )
+    assert not judge.complaint
+
+
 def test_a_leak_that_failed_no_criterion_is_no_complaint(judge: Judge) -> None:
     """A test that judges something else fails for that."""
     sampler, kept = _leaking_sampler(400_000)

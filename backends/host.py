@@ -59,22 +59,22 @@ def heap_used_bytes() -> int | None:
     read = getattr(psutil, "heap_info", None)
     if read is None:
         return None
-    heap = read()
-    return int(heap.heap_used + heap.mmap_used) + small_objects_bytes()
+    heap, small = read(), small_objects_bytes()
+    return None if small is None else int(heap.heap_used + heap.mmap_used) + small
 
 
-def small_objects_bytes() -> int:
-    """Read what Python's own allocator has given out and not taken back.
+def small_objects_bytes() -> int | None:
+    """Read what Python's own allocator has given out and not taken back; None where there is no memory to read it with.
 
-    By its own statistics, which ``sys._debugmallocstats`` prints. Where they cannot be had, an estimate: a Python that
-    does not export them, a C library without ``open_memstream``, no memory for the text.
+    By its own statistics, which ``sys._debugmallocstats`` prints. An estimate where they cannot be had: a Python that
+    does not export them, a C library without ``open_memstream``.
     """
-    statistics = _allocator_statistics()
-    found = _SMALL_OBJECTS.search(statistics()) if statistics is not None else None
-    if found is None:
-        # Of those that are on the C library's heap, as with PYTHONMALLOC=malloc, there are none.
-        return SMALL_OBJECT_BYTES * sys.getallocatedblocks()
-    return int(found[1].replace(b",", b""))
+    blocks, statistics = sys.getallocatedblocks(), _allocator_statistics()
+    if statistics is None or blocks == 0:
+        # With PYTHONMALLOC=malloc they are on the C library's heap, and counted there.
+        return SMALL_OBJECT_BYTES * blocks
+    found = _SMALL_OBJECTS.search(statistics())
+    return int(found[1].replace(b",", b"")) if found else None
 
 
 @functools.cache

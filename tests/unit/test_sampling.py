@@ -194,9 +194,10 @@ def test_where_python_does_not_say_what_its_small_objects_take_they_are_estimate
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(host, "_allocator_statistics", lambda: None)
-    before = host.small_objects_bytes()
-    kept = [bytes(100) for _ in range(10_000)]
-    rose = host.small_objects_bytes() - before
+    before, kept = host.small_objects_bytes(), [bytes(100) for _ in range(10_000)]
+    after = host.small_objects_bytes()
+    assert before is not None and after is not None
+    rose = after - before
     assert rose == pytest.approx(SMALL_OBJECT_BYTES * len(kept), rel=0.05), f"{len(kept)} objects are {rose} bytes"
 
 
@@ -228,6 +229,12 @@ def test_a_card_is_judged_only_where_nobody_else_uses_it(monkeypatch: pytest.Mon
         sampler.sample()
         found = "card_used_bytes" in sampler.memory_series
         assert found == judged and "card_used_bytes" in sampler.recorded(), f"{used_bytes}, ours {ours}: judged {found}"
+
+
+def test_without_memory_to_read_them_with_the_small_objects_are_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An estimate among exact readings would be a step."""
+    monkeypatch.setattr(host, "_allocator_statistics", lambda: lambda: b"")
+    assert host.small_objects_bytes() is None and take().heap_used_bytes == UNREAD
 
 
 @pytest.mark.parametrize("answer", [None, math.nan, -1, "7", 7.5])

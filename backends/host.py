@@ -66,20 +66,22 @@ def heap_used_bytes() -> int | None:
 def small_objects_bytes() -> int | None:
     """Read what Python's own allocator has given out and not taken back; None where there is no memory to read it with.
 
-    By its own statistics, which ``sys._debugmallocstats`` prints. An estimate where they cannot be had: a Python that
-    does not export them, a C library without ``open_memstream``.
+    By its own statistics, which ``sys._debugmallocstats`` prints. An estimate where there are none: a Python that does
+    not export them, a C library without ``open_memstream``, and while ``tracemalloc`` follows allocations.
     """
-    blocks, statistics = sys.getallocatedblocks(), _allocator_statistics()
-    if statistics is None or blocks == 0:
-        # With PYTHONMALLOC=malloc they are on the C library's heap, and counted there.
-        return SMALL_OBJECT_BYTES * blocks
-    found = _SMALL_OBJECTS.search(statistics())
-    return int(found[1].replace(b",", b"")) if found else None
+    read = _allocator_statistics()
+    statistics = b"" if read is None else read()
+    if statistics is None:
+        return None
+    if found := _SMALL_OBJECTS.search(statistics):
+        return int(found[1].replace(b",", b""))
+    # With PYTHONMALLOC=malloc they are on the C library's heap, and counted there: there are no blocks.
+    return SMALL_OBJECT_BYTES * sys.getallocatedblocks()
 
 
 @functools.cache
-def _allocator_statistics() -> Callable[[], bytes] | None:
-    """Give what reads the statistics of Python's allocator as text, empty where there is no memory for it."""
+def _allocator_statistics() -> Callable[[], bytes | None] | None:
+    """Give what reads the statistics of Python's allocator as text: None where there is no memory for it."""
     library = ctypes.CDLL(None)
     try:
         # Called with the interpreter's lock held.
@@ -93,15 +95,15 @@ def _allocator_statistics() -> Callable[[], bytes] | None:
     open_.argtypes = (ctypes.POINTER(ctypes.c_void_p), ctypes.POINTER(ctypes.c_size_t))
     open_.restype = ctypes.c_void_p
 
-    def read() -> bytes:
+    def read() -> bytes | None:
         text, size = ctypes.c_void_p(), ctypes.c_size_t()
         stream = open_(ctypes.byref(text), ctypes.byref(size))
         if not stream:
-            return b""
+            return None
         write(stream)
-        close(stream)
+        complete = close(stream) == 0
         try:
-            return ctypes.string_at(text, size.value) if text.value else b""
+            return ctypes.string_at(text, size.value) if complete and text.value else None
         finally:
             free(text)
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -190,10 +191,11 @@ def test_small_objects_are_counted_with_the_heap() -> None:
     assert 0.97 * due < rose < 1.1 * due + 16 * len(kept), f"{len(kept)} objects of {due} bytes in all are {rose} bytes"
 
 
+@pytest.mark.parametrize("statistics", [None, lambda: b""])
 def test_where_python_does_not_say_what_its_small_objects_take_they_are_estimated(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, statistics: object
 ) -> None:
-    monkeypatch.setattr(host, "_allocator_statistics", lambda: None)
+    monkeypatch.setattr(host, "_allocator_statistics", lambda: statistics)
     before, kept = host.small_objects_bytes(), [bytes(100) for _ in range(10_000)]
     after = host.small_objects_bytes()
     assert before is not None and after is not None
@@ -233,8 +235,20 @@ def test_a_card_is_judged_only_where_nobody_else_uses_it(monkeypatch: pytest.Mon
 
 def test_without_memory_to_read_them_with_the_small_objects_are_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """An estimate among exact readings would be a step."""
-    monkeypatch.setattr(host, "_allocator_statistics", lambda: lambda: b"")
+    monkeypatch.setattr(host, "_allocator_statistics", lambda: lambda: None)
     assert host.small_objects_bytes() is None and take().heap_used_bytes == UNREAD
+
+
+def test_while_allocations_are_followed_the_heap_can_be_read() -> None:
+    """Python gives no statistics of its allocator then."""
+    tracemalloc.start()
+    try:
+        before, kept = take(), [bytes(100) for _ in range(10_000)]
+        after = take()
+    finally:
+        tracemalloc.stop()
+    rose = after.heap_used_bytes - before.heap_used_bytes
+    assert before.heap_used_bytes == UNREAD or rose >= SMALL_OBJECT_BYTES * len(kept), f"rose by {rose}"
 
 
 @pytest.mark.parametrize("answer", [None, math.nan, -1, "7", 7.5])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+import sys
 import tempfile
 import time
 from collections import OrderedDict
@@ -90,14 +91,19 @@ class Leak:
     def grow(self) -> None:
         """Keep as many more pieces as the time has room for: the next one may have to wait."""
         due_bytes = self._rate * (self._clock_s() - self._began_s)
-        while self.kept_bytes + self._next_bytes <= due_bytes:
+        while self.kept_bytes + _taken_bytes(self._next_bytes) <= due_bytes:
             # Of zeros it would be pages that were never touched.
             self._pieces.append(b"\xa5" * self._next_bytes)
-            self.kept_bytes += self._next_bytes
+            self.kept_bytes += _taken_bytes(self._next_bytes)
             self._next_bytes = self._size()
 
     def _size(self) -> int:
         return round(math.exp(self._chance.uniform(*map(math.log, self._piece_bytes))))
+
+
+def _taken_bytes(size: int) -> int:
+    """Say what an object of so many bytes takes: its head as well, in multiples of 16, and a pointer to it."""
+    return -(-(sys.getsizeof(b"") + size) // 16) * 16 + 8
 
 
 class Noisy:

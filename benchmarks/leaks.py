@@ -276,6 +276,7 @@ def make(
     done, began_s = 0, time.monotonic()
     waiting = iter(left)
     under_way: dict[Planned, tuple[subprocess.Popen[str], float]] = {}
+    commit = _commit()
     try:
         while True:
             while len(under_way) < jobs and (run := next(waiting, None)) is not None:
@@ -298,7 +299,7 @@ def make(
                     _end(process)
                 if process.poll() is None:
                     continue
-                record = {**_outcome(folder, run, process.returncode, late), "jobs": jobs, "commit": _commit()}
+                record = {**_outcome(folder, run, process.returncode, late), "jobs": jobs, "commit": commit}
                 append(folder, record)
                 del under_way[run]
                 done += 1
@@ -658,7 +659,8 @@ def page(folder: Path, judged_again: bool = False) -> str:
         parts += [f"## Peers\n\n{about}{_made(compared)}{again_text}\n", peers_table(compared, cost)]
     if (scripted := folder / "scripted.json").is_file():
         computed = json.loads(scripted.read_text(encoding="utf-8"))
-        counted = [Counted(**each) for each in computed["counted"]]
+        # Of a folder that is older, nothing was extended.
+        counted = [Counted(**{"extended": {}, **each}) for each in computed["counted"]]
         of_scripts = [each for each in counted if each.label == "scripted"]
         parts += [f"## Scripted and resampled\n\n{_ABOUT_TRACES}Computed on {computed['when']}.\n"]
         parts += [

@@ -63,18 +63,22 @@ def attribute(
         blocks, sites, opened = runtime_blocks(), _snapshot(), opened_at_rest(process_ids)
         try:
             for _ in range(turns):
+                turn: dict[str, Counter[str]] = {name: Counter() for name in phases}
                 for name, phase in phases.items():
                     phase()
                     now = read()
                     for series in (*MEMORY, "descriptors", "threads", "children"):
                         was, is_ = getattr(before, series), getattr(now, series)
-                        grown[name][series] += 0 if UNREAD in (was, is_) else is_ - was
+                        turn[name][series] += 0 if UNREAD in (was, is_) else is_ - was
                     before = now
+                # A turn counts when it is whole.
+                for name, of_phase in turn.items():
+                    grown[name].update(of_phase)
                 done += 1
         except Exception as error:
             if not done:
                 raise
-            failed = f"turn {done + 1} failed: {_said(error)}"
+            failed = f"turn {done + 1} failed, and what it left is in what follows the phases: {_said(error)}"
         after = _snapshot()
         opened_now, blocks_now = opened_at_rest(process_ids), runtime_blocks()
     except Exception as error:

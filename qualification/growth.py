@@ -145,7 +145,8 @@ def judge_series(
 def interval_so_far(sampler: Sampler) -> leaks.Slope | None:
     """Give the slope of all memory of the host in bytes/s, with its bounds, as it stands; None before there is one."""
     at, used = sampler.readings("uss_bytes")
-    return leaks.judge(at, used).interval if len(at) >= leaks.SAMPLES_MIN else None
+    interval = leaks.judge(at, used).interval
+    return None if math.isnan(interval[0]) else interval
 
 
 def so_far(sampler: Sampler) -> float | None:

@@ -19,6 +19,7 @@ cache comes and goes in a rhythm, and that memory once took a step, is found in 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import math
@@ -51,6 +52,8 @@ FALL_SHARE_MAX = 1 / 3
 STEP_DEVIATIONS = 9.0
 #: Two steps up are alike where the smaller is this share of the larger: something may be lost at regular times.
 STEPS_ALIKE = 0.85
+#: And could be two of many where there is no room for another before or after them: so many times what lies between.
+STEPS_REGULAR = 1.5
 #: A part stands still where its slope is below this share of the whole's with this confidence, and not surely above
 #: the floor.
 PACE, PACE_CONFIDENCE, PARTS, PART_BLOCKS = 0.75, 0.97, 3, 8
@@ -175,9 +178,7 @@ def judge(
         f"and at most {_slope_text(upper, unit)}"
     )
     verdict = "inconclusive"
-    if _rises_alike(times, blocks, steps) > ceiling * float(times[-1] - times[0]):
-        reason = f"rose twice, by about the same: a leak that comes in steps, or none: run longer: {bounds}"
-    elif last_lower > floor and lower <= floor:
+    if last_lower > floor and lower <= floor:
         reason = f"grows at the end, and did not from the beginning: run longer: {bounds}"
     elif lower > floor and still[-1]:
         verdict, reason = "no_leak", f"grew, and stands still at the end: {bounds}"
@@ -195,6 +196,9 @@ def judge(
         verdict, reason = "no_leak", f"at the end it grew by less than {_slope_text(ceiling, unit)}: {bounds}"
     else:
         reason = f"{_slope_text(ceiling, unit)} cannot be excluded: run longer: {bounds}"
+    if verdict == "no_leak" and _rises_regularly(times, blocks, steps) > ceiling * float(times[-1] - times[0]):
+        verdict = "inconclusive"
+        reason = f"rose twice, by about the same: a leak that comes in steps, or none: run longer: {bounds}"
     risen_bytes = float(drained[-1] - drained[0])
     return LeakVerdict(
         *(verdict, slope, lower, upper, growth_bytes, risen_bytes),
@@ -295,14 +299,20 @@ def _steps(blocks: Floats) -> list[int]:
     return [int(k) for run in runs for k in run] if len(runs) <= STEPS_MAX else []
 
 
-def _rises_alike(times: Floats, blocks: Floats, steps: Sequence[int]) -> float:
-    """Give what two steps up of about the same size rise by together; 0 where there are no such two."""
+def _rises_regularly(times: Floats, blocks: Floats, steps: Sequence[int]) -> float:
+    """Give what two steps up that are alike and could be two of many rise by together; 0 where there are none."""
     between, jumps = np.diff(times), np.diff(blocks)
     # What goes on between steps is none of them.
     jumps = jumps - np.median(jumps / between) * between
     # A step inside a block is two jumps.
-    rises = [float(jumps[run].sum()) for run in np.split(steps, np.flatnonzero(np.diff(steps) > 1) + 1) if len(run)]
-    return sum(rises) if len(rises) == 2 and 0 < STEPS_ALIKE * max(rises) <= min(rises) else 0.0
+    runs = [run for run in np.split(steps, np.flatnonzero(np.diff(steps) > 1) + 1) if len(run)]
+    if len(runs) != 2:
+        return 0.0
+    rises = [float(jumps[run].sum()) for run in runs]
+    first, second = (float(times[run[0]]) for run in runs)
+    # One before and one after would have been seen.
+    regular = max(first - times[0], times[-1] - second) < STEPS_REGULAR * (second - first)
+    return sum(rises) if regular and 0 < STEPS_ALIKE * max(rises) <= min(rises) else 0.0
 
 
 def _segments(at: Floats, times: Floats, steps: Sequence[int]) -> Ints:
@@ -335,8 +345,9 @@ def _warm_up(times: Floats, blocks: Floats, steps: Sequence[int]) -> int:
         level[k + 1 :] -= jumps[k] - np.median(jumps)
     first, slopes = _pairs(times, level, np.zeros(len(times), dtype=np.int64))
     best, least = 0, math.inf
-    # Half of the readings, and half of the time.
-    for begin in range(min(len(times) // 2, int(np.searchsorted(times, (times[0] + times[-1]) / 2))) + 1):
+    # Half of the readings, and of the time: of 24 even blocks the middle one begins its half a little late.
+    half = int(np.searchsorted(times, times[0] + 0.55 * (times[-1] - times[0]), side="right")) - 1
+    for begin in range(min(len(times) // 2, half) + 1):
         rest = level[begin:] - float(np.median(slopes[first >= begin])) * times[begin:]
         rest = rest - np.median(rest)
         # The median deviation does not see a short warm-up at all, the root mean square sees a spike too well.
@@ -353,7 +364,7 @@ def _fades(at: Floats, used: Floats, segments: Ints, floor: float, run: float) -
     Where time is warped as the warm-up fades, that is a straight line itself.
     """
     above, since = used - floor * at, at - at[0]
-    warped = (1 - np.exp(-since / (share * run)) for share in FADES_WITHIN)
+    warped = (-np.exp(-since / (share * run)) for share in FADES_WITHIN)
     return min(_unexplained(each, above, segments) for each in warped) < _unexplained(at, used, segments)
 
 
@@ -427,7 +438,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             at, used, unit=unit, floor=options.floor, confidence=options.confidence, minima=options.minima
         ).plain()
     except (OSError, ValueError, csv.Error) as error:
-        print(f"{parser.prog}: {options.trace}: {error}", file=sys.stderr)
+        _complain(f"{parser.prog}: {options.trace}: {error}")
         found = {"verdict": "inconclusive", "reason": f"not judged: {error}"}
     try:
         if sys.stdout is None:
@@ -437,15 +448,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         # An exit status of 1 would say that there is a leak. What is left in the buffer would be written at the end.
         if sys.stdout is not None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        if sys.stderr is not None:
-            print(f"{parser.prog}: the verdict cannot be written: {error}", file=sys.stderr)
+        _complain(f"{parser.prog}: the verdict cannot be written: {error}")
         return EXIT_INCONCLUSIVE
     return {"no_leak": EXIT_NO_LEAK, "leak": EXIT_LEAK}.get(str(found["verdict"]), EXIT_INCONCLUSIVE)
+
+
+def _complain(text: str) -> None:
+    """Say it where it can be said: the exit status says it in any case."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
 
 def _read(name: str, column: str) -> tuple[str, list[float], list[float]]:
     """Give the unit and the columns of a trace. Raises OSError, ValueError that names the line."""
     if name == "-":
+        if sys.stdin is None:
+            raise OSError("standard input is closed")
         return _parsed(sys.stdin, column)
     with Path(name).open(encoding="utf-8-sig", newline="") as file:
         return _parsed(file, column)

@@ -223,7 +223,7 @@ class Sampler:
         except Exception:
             # A worker that is gone, stopped or just starting; whatever a subject raises then, or answers.
             return UNREAD
-        return max(used_bytes, UNREAD)
+        return used_bytes if 0 <= used_bytes < 1 << 62 else UNREAD
 
     def _follow(self, sample: Sample) -> None:
         for process in sample.processes:

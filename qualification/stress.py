@@ -383,6 +383,8 @@ class Recording:
                 self._looked_into = self._look_into(subject)
             except KeyboardInterrupt:
                 self._looked_into = ["", "what grew was not looked into to the end: interrupted"]
+            finally:
+                ending.in_order = True
 
     def _record(self, subject: Subject, ending: Ending) -> None:
         began_s = next_block_s = time.monotonic()

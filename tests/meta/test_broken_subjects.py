@@ -85,7 +85,8 @@ LEAKS = {
         [
             r"left behind: 48 descriptors, 24 threads.*48 x descriptor of /dev/null",
             r"24 x thread forgotten",
-            r"toggle: .*\+8 descriptors",
+            # Two at each of four turns; a reading may find one open that is not kept.
+            r"toggle: .*\+[789] descriptors",
             r"fallback: .*\+4 threads",
             r"heap in use: grew in every part",
             r"\+250\.\d kB each turn, .*tests/meta/broken.py:\d+",

@@ -98,7 +98,7 @@ class Left:
         return sum(self.counts.values())
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{n} {kind}s" for kind, n in self.counts.items())
+        counts = ", ".join(f"{n} {kind}{'es' if kind == 'process' else 's'}" for kind, n in self.counts.items())
         return counts + (f": {self.names}" if self.total and self.names else "")
 
 

@@ -177,14 +177,13 @@ def judge_one(
     """Judge one trace; give its rate, its name, the verdict, and the one after it was extended, if inconclusive."""
     number, rate = asked
     name, t_s, series = make(number, rate, seed)
-    found = "inconclusive"
-    first = ""
-    for samples in (SAMPLES, SAMPLES_EXTENDED):
-        if found == "inconclusive":
-            read = {each: (t_s[:samples], used[:samples]) for each, used in series.items()}
-            found = growth.judge_series(read).worst.verdict
-        first = first or found
-    return rate, name, first, found
+
+    def verdict(samples: int) -> str:
+        read = {each: (t_s[:samples], used[:samples]) for each, used in series.items()}
+        return growth.judge_series(read).worst.verdict
+
+    first = verdict(SAMPLES)
+    return rate, name, first, verdict(SAMPLES_EXTENDED) if first == "inconclusive" else first
 
 
 def count(traces: int, rates: Sequence[float], seed: int, live: Noise = (), jobs: int | None = None) -> list[Counted]:

@@ -51,6 +51,7 @@ from benchmarks.engine_cost import machine
 from benchmarks.leak_traces import BOOTSTRAP_BLOCK, SHAPES, Counted, clopper_pearson, count, residuals, total
 from benchmarks.leak_workloads import MB, WORKLOADS, ByTurns, Leak, Noisy, Workload
 from qualification import growth
+from qualification.run import suite_commit
 from qualification.sampling import Sampler
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -276,7 +277,7 @@ def make(
     done, began_s = 0, time.monotonic()
     waiting = iter(left)
     under_way: dict[Planned, tuple[subprocess.Popen[str], float]] = {}
-    commit = _commit()
+    commit = suite_commit()
     try:
         while True:
             while len(under_way) < jobs and (run := next(waiting, None)) is not None:
@@ -640,7 +641,7 @@ def page(folder: Path, judged_again: bool = False) -> str:
     if judged_again:
         runs = list(again(folder, runs))
         compared = list(again(folder / "peers", compared))
-        again_text = f" Our verdicts are those that the kept samples get by commit {_commit()}: judged again."
+        again_text = f" Our verdicts are those that the kept samples get by commit {suite_commit()}: judged again."
     parts = [
         "# How often the verdict on leaks is wrong\n",
         f"Written on {datetime.now(UTC):%Y-%m-%d} (UTC) on {machine(versions())}.\n",
@@ -698,17 +699,9 @@ def _made(runs: Sequence[Mapping[str, Any]]) -> str:
     days = sorted({run["ended"][:10] for run in runs if "ended" in run})
     jobs = sorted({run["jobs"] for run in runs if "jobs" in run})
     when = f"Made on {' to '.join(dict.fromkeys((days[0], days[-1])))}" if days else "Made"
-    commits = list(dict.fromkeys(str(run["commit"]) for run in runs if "commit" in run))
+    commits = list(dict.fromkeys(str(run["commit"]) for run in runs if run.get("commit")))
     by = f" by commit {' and '.join(commits)}" if commits else ""
     return f"{when}{by}{f', {jobs[-1]} at a time' if jobs else ''}."
-
-
-def _commit() -> str:
-    """Say which commit this is, and whether anything was changed in it."""
-    words = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    return "unknown"
 
 
 def versions() -> str:

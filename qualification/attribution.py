@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from qualification.sampling import MEMORY, UNREAD, Sample
+from qualification.sampling import MEMORY, SERIES, UNREAD, Sample
 
 #: What a process can have open: each name begins with its kind.
 OPENED = ("descriptor", "thread", "process")
@@ -63,14 +63,7 @@ def attribute(
         blocks, sites, opened = runtime_blocks(), _snapshot(), opened_at_rest(process_ids)
         try:
             for _ in range(turns):
-                turn: dict[str, Counter[str]] = {name: Counter() for name in phases}
-                for name, phase in phases.items():
-                    phase()
-                    now = read()
-                    for series in (*MEMORY, "descriptors", "threads", "children"):
-                        was, is_ = getattr(before, series), getattr(now, series)
-                        turn[name][series] += 0 if UNREAD in (was, is_) else is_ - was
-                    before = now
+                turn, before = _turn(phases, read, before)
                 # A turn counts when it is whole.
                 for name, of_phase in turn.items():
                     grown[name].update(of_phase)
@@ -91,6 +84,20 @@ def attribute(
     lines += _more("opened and kept", opened_now, opened)
     lines += _more("blocks that the runtime's allocator kept", blocks_now, blocks)
     return [*lines, *([failed] if failed else []), *FURTHER.splitlines()]
+
+
+def _turn(
+    phases: Mapping[str, Callable[[], object]], read: Callable[[], Sample], before: Sample
+) -> tuple[dict[str, Counter[str]], Sample]:
+    """Do each phase once; give by how much each series grew in each, and the last reading."""
+    grown: dict[str, Counter[str]] = {}
+    for name, phase in phases.items():
+        phase()
+        now = read()
+        pairs = {each: (getattr(before, each), getattr(now, each)) for each in SERIES}
+        grown[name] = Counter({each: is_ - was for each, (was, is_) in pairs.items() if UNREAD not in (was, is_)})
+        before = now
+    return grown, before
 
 
 def what_is_open(process_ids: Iterable[int]) -> Counter[str]:

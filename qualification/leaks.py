@@ -295,8 +295,14 @@ def _steps(blocks: Floats) -> list[int]:
     deviations = np.abs(jumps - np.median(jumps))
     far = np.flatnonzero(deviations > STEP_DEVIATIONS * np.median(deviations))
     # A step inside a block is a jump to it and another from it; what takes longer is none.
-    runs = [run for run in np.split(far, np.flatnonzero(np.diff(far) > 1) + 1) if 0 < len(run) <= 2]
+    runs = [run for run in _runs(far) if len(run) <= 2]
     return [int(k) for run in runs for k in run] if len(runs) <= STEPS_MAX else []
+
+
+def _runs(indices: ArrayLike) -> list[Ints]:
+    """Give the runs of consecutive indices."""
+    found = np.asarray(indices, dtype=np.int64)
+    return [run for run in np.split(found, np.flatnonzero(np.diff(found) > 1) + 1) if len(run)]
 
 
 def _rises_regularly(times: Floats, blocks: Floats, steps: Sequence[int]) -> float:
@@ -305,7 +311,7 @@ def _rises_regularly(times: Floats, blocks: Floats, steps: Sequence[int]) -> flo
     # What goes on between steps is none of them.
     jumps = jumps - np.median(jumps / between) * between
     # A step inside a block is two jumps.
-    runs = [run for run in np.split(steps, np.flatnonzero(np.diff(steps) > 1) + 1) if len(run)]
+    runs = _runs(steps)
     if len(runs) != 2:
         return 0.0
     rises = [float(jumps[run].sum()) for run in runs]

@@ -149,7 +149,7 @@ class Run:
         """Give what has to be the same for two runs to be parts of one."""
         return {
             "suite_version": __version__,
-            "suite_commit": _commit(),
+            "suite_commit": suite_commit(),
             "subject": self.subject_spec,
             "backend": self.backend.name,
             "device": {"name": self.device, "card": asdict(self.card) if self.card else None},
@@ -314,7 +314,8 @@ def _versions() -> dict[str, str]:
     return {name: found[name] for name in sorted(found) if name in names or name.startswith("nvidia-")}
 
 
-def _commit() -> str | None:
+def suite_commit() -> str | None:
+    """Say which commit this is, and whether anything was changed in it; None where git does not say."""
     try:
         done = subprocess.run(
             ["git", "describe", "--always", "--dirty"],

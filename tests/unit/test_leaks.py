@@ -114,11 +114,11 @@ def test_noise_that_hides_a_leak_is_inconclusive() -> None:
     "name", ["steady", "warm-up that saturates", "one-off step in the middle", "sawtooth", "bursts"]
 )
 def test_a_leak_is_found(name: str, noise_bytes: float, leak_bytes_per_s: float) -> None:
-    """In 18 of 20 seeded traces at least, and none is proved healthy; the slope is right within 40 %."""
+    """In all of 20 seeded traces, whatever healthy memory does beside it, and the slope is right within 40 %."""
     verdicts = [_judge(lambda t: HEALTHY[name](t) + leak_bytes_per_s * t, seed, noise_bytes) for seed in range(20)]
     missed = [each.reason for each in verdicts if each.verdict != "leak"]
-    assert len(missed) <= 2 and all(each.verdict != "no_leak" for each in verdicts), f"{len(missed)} missed: {missed}"
-    for verdict in (each for each in verdicts if each.verdict == "leak"):
+    assert not missed, f"{len(missed)} missed: {missed}"
+    for verdict in verdicts:
         assert verdict.slope == pytest.approx(leak_bytes_per_s, rel=0.4), f"{verdict}"
         assert verdict.lower <= verdict.slope <= verdict.upper, f"{verdict}"
 

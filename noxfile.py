@@ -15,12 +15,14 @@ import http.client
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 import urllib.request
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +34,7 @@ sys.path.insert(0, str(ROOT))  # nox loads this file by its path: its folder is 
 
 from backends import Declared, Environment, declared  # noqa: E402  (needs the path above)
 from qualification import doctor as machine  # noqa: E402
+from qualification import identity, records  # noqa: E402
 from qualification.platform_check import MINIMUM_PYTHON, python_refusal  # noqa: E402
 
 if refusal := python_refusal():
@@ -47,6 +50,7 @@ PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 CONSTRAINTS = ROOT / "constraints"
 SWEEP = "tests/test_fault_sweep.py"
 QUALIFICATION = ("tests/test_memory_protection.py", "tests/test_oom_recovery.py", SWEEP)
+RESULTS = ROOT / "results"
 BACKENDS = declared()
 ENVIRONMENTS = tuple(sorted({environment for backend in BACKENDS for environment in backend.environments}))
 #: What the sessions that need no cell install: pinned like an environment.
@@ -55,7 +59,7 @@ DEVELOPMENT = "dev"
 SELECTED = {"memory-quick": "not slow", "memory-soak": "not (sweep and slow)", "memory-sweep": "sweep and slow"}
 QUICK = "memory-quick"
 #: What takes hours goes on where it was cut off.
-RESUMED = {"memory-soak": ("--resume",)}
+RESUMED = {"memory-soak": ("--resume",), "memory-sweep": ("--resume",)}
 #: What the sessions over an environment ask of its cells, by the session of the cell: which kind of session, and the
 #: arguments for pytest. They come before it: it is queued by them. Quick, full and sweeping runs share a cell's virtual
 #: environment in this way, and so do not install it twice.
@@ -68,7 +72,10 @@ VALUED = (
     "--audio",
     "--backend",
     "--criteria",
+    "--history",
+    "--history-key",
     "--model",
+    "--on-finish",
     "--point",
     "--results",
     "--shard",
@@ -200,10 +207,14 @@ def take_option(arguments: Sequence[str], option: str) -> tuple[str, list[str]]:
     return value, rest
 
 
-def plan(session: nox.Session, found: Sequence[machine.Cell], kind: str) -> None:
-    """Queue the cells that can run here, or the one of ``--backend``, and say why the others are not run."""
-    asked, arguments = take_option(session.posargs, "--backend")
-    if not asked and any(argument.split("=")[0] == "--backend" for argument in session.posargs):
+def plan(session: nox.Session, found: Sequence[machine.Cell], *kinds: str, words: Sequence[str] | None = None) -> None:
+    """Queue the cells that can run here, or the one of ``--backend``, and record why the others are not run.
+
+    ``words`` are arguments for pytest, unless they are the session's own.
+    """
+    words = session.posargs if words is None else words
+    asked, arguments = take_option(words, "--backend")
+    if not asked and any(argument.split("=")[0] == "--backend" for argument in words):
         session.error("--backend needs a value: the name of a backend, such as --backend cpu")
     chosen = [cell for cell in found if asked in ("", cell.backend.name)]
     if not chosen:
@@ -214,17 +225,35 @@ def plan(session: nox.Session, found: Sequence[machine.Cell], kind: str) -> None
         name = machine.session(cell.backend.name, cell.environment)
         if cell.obstacle:
             session.warn(f"not run: {cell.backend.name} in {cell.environment}: {cell.obstacle}")
-        elif name in FINISHED:
+            record_not_run(session, cell, arguments)
+            continue
+        if name in FINISHED:
             session.error(
                 f"{name} has run already, and a session runs once: name it after {session.name}, or not at all"
             )
-        elif (kind, arguments) not in PLANNED.setdefault(name, []):
-            PLANNED[name].append((kind, arguments))
+        new = [(kind, arguments) for kind in kinds if (kind, arguments) not in PLANNED.setdefault(name, [])]
+        if new:
+            PLANNED[name] += new
             session.log(f"queued: {name}")
             session.notify(name)
     if all(cell.obstacle for cell in chosen):
         reasons = "; ".join(dict.fromkeys(str(cell.obstacle) for cell in chosen))
         session.error(f"{session.name} cannot run here: {reasons}")
+
+
+def record_not_run(session: nox.Session, cell: machine.Cell, arguments: Sequence[str]) -> None:
+    """Write a record that says why a cell is not run: a cell without any is red in the report, and this one is not."""
+    given, _ = take_option(arguments, "--results")
+    about = {
+        **identity.suite(),
+        "backend": cell.backend.name,
+        "environment": cell.environment,
+        "machine": identity.machine(),
+    }
+    try:
+        records.write_not_run(Path(given or RESULTS), about, str(cell.obstacle))
+    except (OSError, records.RecordError) as error:
+        session.warn(f"that it is not run cannot be recorded: {error}")
 
 
 def run_cell(session: nox.Session, backend: Declared, environment: str) -> None:
@@ -300,10 +329,58 @@ for name in ENVIRONMENTS:
         add_cell(each, name)
 
 
+@nox.session(python=False, tags=["memory"])
+def qualify(session: nox.Session) -> None:
+    """Qualify for a release: every test in every cell that can run here, then the report and the gate. Takes hours.
+
+    After --: --gate FILE.toml, --against OLD/report.json and --out FOLDER go to the report, what else there is to
+    pytest. --results FOLDER of a run that was cut off goes on with it.
+    """
+    rest, for_report, for_both = list(session.posargs), list[str](), list[str]()
+    for options, words in ((("--gate", "--against", "--out"), for_report), (("--history", "--history-key"), for_both)):
+        for option in options:
+            value, rest = take_option(rest, option)
+            words += [option, value] if value else []
+    if "--history" not in for_both:
+        # Where other tools look for the status, whichever folder the records are in.
+        for_both += ["--history", str(RESULTS / "history.sqlite")]
+    given, rest = take_option(rest, "--results")
+    told, rest = take_option(rest, "--on-finish")
+    # Of its own: a report on what lies in results/ would be one on every run since the last clean-up.
+    folder = Path(given or RESULTS / f"qualify-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}").absolute()
+    session.log(f"if it is cut off, go on with: nox -s qualify -- --results {shlex.quote(os.path.relpath(folder))}")
+    found = machine.cells()
+    print(machine.table(found), flush=True)
+    hook = ("--on-finish", told) if told else ()
+    try:
+        plan(session, found, "memory-soak", "memory-sweep", words=[*rest, "--results", str(folder), *for_both, *hook])
+    finally:
+        # After the cells, and also where none can run: then it says so.
+        last = ("--on-finish", *shlex.split(told)) if told else ()
+        session.notify("report", [str(folder), *for_report, *for_both, *last])
+
+
+@nox.session(reuse_venv=True, tags=["checks"])
+def report(session: nox.Session) -> None:
+    """Make the report from records, and judge by a gate. After --: folders with records, and what --help shows."""
+    install(session, DEVELOPMENT, groups(*CELL_GROUPS), [])
+    session.run("python", "-m", "qualification", "report", *session.posargs)
+
+
 @nox.session(python=False, tags=["checks"])
 def doctor(session: nox.Session) -> None:
     """Say what this machine can qualify, what that takes, and what to type next. Installs nothing."""
     session.run(sys.executable, "-m", "qualification.doctor", *session.posargs, external=True)
+
+
+@nox.session(name="ci-matrix", python=False, tags=["checks"])
+def ci_matrix(session: nox.Session) -> None:
+    """Print the job matrix of a CI system, one job for each cell, as JSON on standard output. Installs nothing.
+
+    Arguments after -- are its options: -- --help shows them. What nox says goes to standard error.
+    """
+    # Its own errors go there too: nox would put them on standard output.
+    session.run(sys.executable, "-m", "qualification.ci_matrix", *session.posargs, external=True, stderr=None)
 
 
 @nox.session(reuse_venv=True, tags=["checks"])
@@ -395,12 +472,15 @@ for name in ENVIRONMENTS:
 
 @nox.session(reuse_venv=True, tags=["checks"])
 def lint(session: nox.Session) -> None:
-    """Check style, formatting and types."""
+    """Check style, formatting and types, and the workflows against GitHub's schema."""
     install(session, DEVELOPMENT, groups(*DEVELOPMENT_GROUPS), without_accelerator(DEVELOPMENT))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     folders = ("backends", "protection", "qualification", "tests", "benchmarks")
     session.run("mypy", "--strict", "noxfile.py", *(name for name in folders if any((ROOT / name).rglob("*.py"))))
+    # The schema comes with the package: nothing is downloaded.
+    workflows = sorted(str(path.relative_to(ROOT)) for path in (ROOT / ".github" / "workflows").glob("*.yml"))
+    session.run("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
 
 
 @nox.session(reuse_venv=True, tags=["bench"])

@@ -51,7 +51,7 @@ from benchmarks.engine_cost import machine
 from benchmarks.leak_traces import BOOTSTRAP_BLOCK, SHAPES, Counted, clopper_pearson, count, residuals, total
 from benchmarks.leak_workloads import MB, WORKLOADS, ByTurns, Leak, Noisy, Workload
 from qualification import growth
-from qualification.run import suite_commit
+from qualification.identity import suite
 from qualification.sampling import Sampler
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -277,7 +277,7 @@ def make(
     done, began_s = 0, time.monotonic()
     waiting = iter(left)
     under_way: dict[Planned, tuple[subprocess.Popen[str], float]] = {}
-    commit = suite_commit()
+    commit = suite()["suite_commit"]
     try:
         while True:
             while len(under_way) < jobs and (run := next(waiting, None)) is not None:
@@ -641,7 +641,9 @@ def page(folder: Path, judged_again: bool = False) -> str:
     if judged_again:
         runs = list(again(folder, runs))
         compared = list(again(folder / "peers", compared))
-        again_text = f" Our verdicts are those that the kept samples get by commit {suite_commit()}: judged again."
+        again_text = (
+            f" Our verdicts are those that the kept samples get by commit {suite()['suite_commit']}: judged again."
+        )
     parts = [
         "# How often the verdict on leaks is wrong\n",
         f"Written on {datetime.now(UTC):%Y-%m-%d} (UTC) on {machine(versions())}.\n",

@@ -14,7 +14,7 @@ import difflib
 import math
 import operator
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -317,6 +317,62 @@ CRITERIA: tuple[Criterion, ...] = tuple(
     + _for("test_fault_sweep", *_SWEPT)
     + _for("test_device_fault_sweep", *_SWEPT)
 )
+
+#: What the criteria are about: each test belongs to one group, and the groups are the columns of a report's matrix.
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "memory stress": (
+        "test_sustained_high_memory_usage",
+        "test_memory_allocation_stress",
+        "test_continuous_recording_memory_leak",
+    ),
+    "fallback": ("test_gpu_to_cpu_fallback_on_oom", "test_rapid_toggle_with_fallback"),
+    "CUDA errors": ("test_cuda_error_recovery", "test_repeated_cuda_errors"),
+    "emergency shutdown": ("test_emergency_shutdown_trigger", "test_data_preservation_on_shutdown"),
+    "detection": ("test_oom_detection", "test_oom_notification_system"),
+    "degradation": (
+        "test_progressive_recovery_strategies",
+        "test_buffer_reduction_on_pressure",
+        "test_cpu_fallback_activation",
+    ),
+    "data preservation": ("test_audio_buffer_preservation", "test_transcription_state_preservation"),
+    "process loss": (
+        "test_kill_during_recording",
+        "test_kill_during_recording_soak",
+        "test_worker_hang",
+        "test_suspend_and_resume",
+        "test_oom_killer",
+        "test_poison_chunk",
+        "test_library_missing_at_first_inference",
+    ),
+    "repeated OOMs": ("test_consecutive_oom_recovery", "test_oom_during_recovery"),
+    "metrics": ("test_recovery_success_rate",),
+    "storage": (
+        "test_full_disk_while_recording",
+        "test_file_size_limit_while_recording",
+        "test_read_only_remount_while_recording",
+    ),
+    "sweep": ("test_fault_sweep_sample", "test_fault_sweep", "test_device_fault_sweep"),
+}
+#: Which tests are run when; what is named in none is quick.
+QUICK = "quick"
+SLOW_PROFILES: Mapping[str, tuple[str, ...]] = {
+    "soak": ("test_continuous_recording_memory_leak", "test_kill_during_recording_soak"),
+    "sweep": ("test_fault_sweep", "test_device_fault_sweep"),
+}
+PROFILES = (QUICK, *SLOW_PROFILES)
+#: The criteria that say how long a recovery takes, in seconds.
+RECOVERY_TIMES = ("first_answer", "first_answer_median", "first_answer_worst", "recovery_time", "notification_delay")
+
+
+def profile_of(test: str) -> str:
+    """Say which profile a test belongs to."""
+    return next((profile for profile, tests in SLOW_PROFILES.items() if test in tests), QUICK)
+
+
+def group_of(test: str) -> str | None:
+    """Say which group a test belongs to; None for one that is not of the qualification, such as the stress harness."""
+    return next((group for group, tests in GROUPS.items() if test in tests), None)
+
 
 _ANY_TEST = "every_test"
 PARAMETERS: tuple[Parameter, ...] = (

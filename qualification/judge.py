@@ -11,7 +11,8 @@ from backends.contract import FaultRecord, Provenance
 from qualification.criteria import Criterion
 
 Write = Callable[..., None]
-_NO_FAULT = "none was brought about"
+#: Of a fault, where there is none.
+NO_FAULT = "none was brought about"
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,15 @@ class Verdict:
 def describe(fault: FaultRecord | None) -> str:
     """Say in a line what a fault was."""
     if fault is None:
-        return _NO_FAULT
-    how = fault.provenance.value if fault.provenance else "never fired"
-    detail = f"; {fault.detail}" if fault.detail else ""
-    return (
-        f"{how}: {fault.points_seen} points seen, {fault.faults_fired} fired, {fault.absorbed} absorbed{detail}"
-    ).replace("\n", " ")
+        return NO_FAULT
+    how = fault.provenance.value if fault.provenance else None
+    return fault_text(how, fault.points_seen, fault.faults_fired, fault.absorbed, fault.detail)
+
+
+def fault_text(provenance: str | None, points_seen: int, faults_fired: int, absorbed: int, detail: str) -> str:
+    """Say in a line what a fault was, by what a record has of it."""
+    text = f"{provenance or 'never fired'}: {points_seen} points seen, {faults_fired} fired, {absorbed} absorbed"
+    return (f"{text}; {detail}" if detail else text).replace("\n", " ")
 
 
 @dataclass
@@ -64,6 +68,8 @@ class Judge:
     written: list[dict[str, Any]] = field(default_factory=list)
     #: The last line of a failure, instead of the promises that were broken.
     complaint: str = ""
+    #: The capability that the backend says it does not have, and the test needs.
+    lacking: str | None = None
 
     def __call__(
         self,
@@ -130,7 +136,7 @@ class Judge:
             if fields["provenance"] is not None or fields["points_seen"]:
                 provenance = None if fields["provenance"] is None else Provenance(fields["provenance"])
                 counts = (fields["points_seen"], fields["faults_fired"], fields["absorbed"])
-                fault = FaultRecord(*counts, provenance)
+                fault = FaultRecord(*counts, provenance, fields["detail"])
             why = "; ".join(each for each in (fields["reason"], reason) if each)
             verdict = Verdict(self._open(fields["criterion"]), fields["verdict"], fields["value"], fault, why)
             self._add(verdict, fields["series"])
@@ -143,13 +149,16 @@ class Judge:
             "criterion": verdict.criterion.name,
             "verdict": verdict.verdict,
             "value": verdict.value,
+            "relation": verdict.criterion.relation,
             "limit": verdict.criterion.limit,
             "unit": verdict.criterion.unit,
             "provenance": fault.provenance.value if fault and fault.provenance else None,
             "points_seen": fault.points_seen if fault else 0,
             "faults_fired": fault.faults_fired if fault else 0,
             "absorbed": fault.absorbed if fault else 0,
+            "detail": fault.detail if fault else "",
             "reason": verdict.reason,
+            "capability": self.lacking if verdict.verdict == "not_run" else None,
             "series": series,
         }
         self.written.append(fields)

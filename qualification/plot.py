@@ -40,7 +40,10 @@ EXIT_REFUSED = 2
 EVENT_SPACING = 1 / 400
 #: More of a kind are drawn as short lines from the top: they would hide what they are about.
 EVENT_LINES_MAX = 60
+#: The same where events have lanes: what is in a lane need not be a line.
+EVENT_LINES_MAX_IN_LANES = 20
 _NO_MATPLOTLIB = "matplotlib is not installed: pip install matplotlib"
+_NO_POINTS = "there is nothing to plot: no series has two points"
 #: Okabe and Ito's colours, told apart by everyone; in print their dashes are. A kind is told by its marker.
 _BLUE, _SKY, _GREEN, _ORANGE, _RED = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00"
 _KINDS: tuple[tuple[str, Dashes, Sequence[str]], ...] = (
@@ -72,7 +75,11 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Chart:
-    """Series that share a time, with what belongs to them: see ``write``."""
+    """Series that share a time, with what belongs to them: see ``write``.
+
+    With ``lanes`` events are below the series, a lane for each kind, and those that are few are lines as well. ``across`` names
+    what is in the place of time, where it is something else.
+    """
 
     title: str
     series: Mapping[str, Points]
@@ -80,6 +87,8 @@ class Chart:
     verdicts: Mapping[str, str] = field(default_factory=dict)
     judged_from_s: Mapping[str, float] = field(default_factory=dict)
     device_limit_bytes: float | None = None
+    lanes: bool = False
+    across: str | None = None
 
 
 def write(
@@ -107,6 +116,21 @@ def draw(path: Path, charts: Sequence[Chart]) -> str | None:
     """Draw charts below each other, as ``write`` does one."""
     if path.suffix not in SUFFIXES:
         return f"{path}: expected a name that ends in {' or '.join(SUFFIXES)}"
+    image = render(charts, path.suffix)
+    if isinstance(image, str):
+        return image if image in (_NO_MATPLOTLIB, _NO_POINTS) else f"{path}: {image}"
+    try:
+        _put(path, image)
+    except OSError as error:
+        return f"{path}: the plot cannot be written: {error.strerror or error}"
+    return None
+
+
+def render(charts: Sequence[Chart], suffix: str = ".svg", *, embedded: bool = False) -> bytes | str:
+    """Draw charts below each other; give the image, or as text why there is none.
+
+    One that is ``embedded`` is to be small: an SVG that leaves its letters to whoever shows it.
+    """
     try:
         import matplotlib as mpl
     except ImportError:
@@ -115,20 +139,17 @@ def draw(path: Path, charts: Sequence[Chart]) -> str | None:
         with mpl.rc_context():
             # Whatever the machine's own matplotlibrc says.
             mpl.rcdefaults()
-            mpl.rcParams.update(_STYLE)
+            mpl.rcParams.update(_STYLE | ({"svg.fonttype": "none"} if embedded else {}))
             figure = _figure(charts)
             if figure is None:
-                return "there is nothing to plot: no series has two points"
+                return _NO_POINTS
             image = io.BytesIO()
-            nothing = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
-            figure.savefig(image, format=path.suffix[1:], dpi=150, metadata=nothing)
-        _put(path, image.getvalue())
-    except OSError as error:
-        return f"{path}: the plot cannot be written: {error.strerror or error}"
+            nothing = {"Date": None, "Creator": None} if suffix == ".svg" else {"Software": None}
+            figure.savefig(image, format=suffix[1:], dpi=150, metadata=nothing)
     except Exception as error:
         # Whatever it is, it is to cost the picture, and not what was judged.
-        return f"{path}: the plot cannot be drawn: {type(error).__name__}: {str(error)[:300]}"
-    return None
+        return f"the plot cannot be drawn: {type(error).__name__}: {str(error)[:300]}"
+    return image.getvalue()
 
 
 def run_times(events: Iterable[Any], zero_s: float) -> list[tuple[float, str]]:
@@ -229,10 +250,11 @@ def _figure(charts: Sequence[Chart]) -> Figure | None:
     from matplotlib.figure import Figure
 
     drawn = [(chart, there) for chart in charts if (there := _with_points(chart))]
-    rows = sum(len(there) for _, there in drawn)
-    if not rows:
+    heights = [height for chart, there in drawn for height in _heights(chart, there)]
+    if not heights:
         return None
-    figure = Figure(figsize=(9, 1.5 + 1.9 * rows), layout="constrained")
+    figure = Figure(figsize=(9, 1.5 + sum(heights)), layout="constrained")
+    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
     legend: dict[str, Any] = {}
     row = 0
     for chart, there in drawn:
@@ -241,20 +263,38 @@ def _figure(charts: Sequence[Chart]) -> Figure | None:
         unit, unit_s = next(each for each in _TIMES if end_s - begin_s >= each[1] * _TIME_UNITS_LEAST or each[0] == "s")
         margin = (end_s - begin_s or 1.0) / unit_s * 0.02
         first: Axes | None = None
+        last = row + len(_heights(chart, there)) - 1
         for name, points in there.items():
-            row += 1
-            axes = figure.add_subplot(rows, 1, row, sharex=first)
+            axes = figure.add_subplot(grid[row], sharex=first)
             axes.set_xlim(begin_s / unit_s - margin, end_s / unit_s + margin)
             _draw_series(axes, chart, name, points, unit_s)
             if first is None:
                 first = axes
-                axes.set_title(f"{_plain(chart.title)}\n{axes.get_title('left')}", parse_math=False)
-            axes.tick_params(labelbottom=name == list(there)[-1])
+                title = "\n".join(each for each in (_plain(chart.title), axes.get_title("left")) if each)
+                axes.set_title(title, parse_math=False)
+            axes.tick_params(labelbottom=row == last)
             for artist, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 legend.setdefault(label, artist)
-        axes.set_xlabel(f"time [{unit}]")
+            row += 1
+        if row == last:
+            axes = figure.add_subplot(grid[row], sharex=first)
+            _draw_lanes(axes, _events(chart, unit_s))
+            row += 1
+        axes.set_xlabel(chart.across or f"time [{unit}]")
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def _heights(chart: Chart, there: Mapping[str, Floats]) -> list[float]:
+    """Give the height of each row of a chart, in inches."""
+    if not chart.lanes:
+        return [1.9] * len(there)
+    kinds = {known(kind) for _, kind in chart.events}
+    return [1.2] * len(there) + ([0.15 + 0.15 * len(kinds)] if kinds else [])
+
+
+def _events(chart: Chart, unit_s: float) -> list[tuple[float, str]]:
+    return [(t_s / unit_s, known(kind)) for t_s, kind in chart.events]
 
 
 def _with_points(chart: Chart) -> dict[str, Floats]:
@@ -282,7 +322,10 @@ def _draw_series(axes: Axes, chart: Chart, name: str, points: Floats, unit_s: fl
         axes.axvspan(begin, float(times[-1]), color=_SKY, alpha=0.15, linewidth=0, label="judged")
     if name == "device_used_bytes" and chart.device_limit_bytes:
         _draw_levels(axes, chart.device_limit_bytes * scale)
-    _draw_events(axes, [(t_s / unit_s, known(kind)) for t_s, kind in chart.events])
+    if chart.lanes:
+        _draw_lines(axes, _events(chart, unit_s))
+    else:
+        _draw_events(axes, _events(chart, unit_s))
     said = [MEMORY.get(name, name), chart.verdicts.get(name, "")]
     axes.set_title(": ".join(_plain(each) for each in said if each), parse_math=False)
 
@@ -297,14 +340,9 @@ def _draw_levels(axes: Axes, limit: float) -> None:
 
 def _draw_events(axes: Axes, events: Sequence[tuple[float, str]]) -> None:
     """Draw a line for each event with its kind's marker on top, and say in the legend how many there were."""
-    begin, end = axes.get_xlim()
-    spacing = (end - begin) * EVENT_SPACING
     above = axes.get_xaxis_transform()
-    for kind, (colour, dashes, marker) in EVENT_STYLES.items():
-        times = [time for time, each in events if each == kind]
-        if not times:
-            continue
-        drawn = sorted({round(time / spacing) * spacing for time in times if begin <= time <= end})
+    for kind, (times, drawn) in _by_kind(axes, events).items():
+        colour, dashes, marker = EVENT_STYLES[kind]
         bottom = 0 if len(drawn) <= EVENT_LINES_MAX else 0.92
         axes.vlines(drawn, bottom, 1, colors=colour, linewidth=0.7, linestyles=dashes, transform=above)
         axes.plot(
@@ -318,6 +356,48 @@ def _draw_events(axes: Axes, events: Sequence[tuple[float, str]]) -> None:
             transform=above,
             label=f"{kind} ({len(times)})",
         )
+
+
+def _draw_lines(axes: Axes, events: Sequence[tuple[float, str]]) -> None:
+    """Draw a line for each event of a kind of which there are few: lanes say what it is."""
+    for kind, (_, drawn) in _by_kind(axes, events).items():
+        if len(drawn) <= EVENT_LINES_MAX_IN_LANES:
+            _draw_strokes(axes, drawn, 0.0, 1.0, kind, 0.5, axes.get_xaxis_transform())
+
+
+def _draw_lanes(axes: Axes, events: Sequence[tuple[float, str]]) -> None:
+    """Draw a lane for each kind, with a stroke for each event, and how many there were."""
+    kinds = _by_kind(axes, events)
+    for lane, (kind, (_, drawn)) in enumerate(kinds.items()):
+        _draw_strokes(axes, drawn, lane - 0.35, lane + 0.35, kind, 0.9, axes.transData)
+    axes.set_yticks(range(len(kinds)), [f"{kind} ({len(times)})" for kind, (times, _) in kinds.items()], fontsize=6)
+    axes.set_ylim(len(kinds) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", color="0.9", linewidth=0.5)
+    axes.set_axisbelow(True)
+
+
+def _draw_strokes(
+    axes: Axes, times: Sequence[float], bottom: float, top: float, kind: str, width: float, transform: Any
+) -> None:
+    """Draw an upright stroke at each time: all of them one line with gaps, which an image says in few words."""
+    colour, dashes, _ = EVENT_STYLES[kind]
+    across = [each for time in times for each in (time, time, math.nan)]
+    upward = [bottom, top, math.nan] * len(times)
+    style: Dashes = "solid" if transform is axes.transData else dashes
+    axes.plot(across, upward, color=colour, linewidth=width, linestyle=style, transform=transform, zorder=1)
+
+
+def _by_kind(axes: Axes, events: Sequence[tuple[float, str]]) -> dict[str, tuple[list[float], list[float]]]:
+    """Give for each kind, in the order of the legend, the times of its events and those of them that are drawn."""
+    begin, end = axes.get_xlim()
+    spacing = (end - begin) * EVENT_SPACING
+    found = {}
+    for kind in EVENT_STYLES:
+        times = [time for time, each in events if each == kind]
+        if times:
+            found[kind] = times, sorted({round(time / spacing) * spacing for time in times if begin <= time <= end})
+    return found
 
 
 def _plain(text: str) -> str:

@@ -25,13 +25,15 @@ from backends.contract import Backend, Capability, ModelError, Unsupported
 from backends.faults.cuda import ALLOW_DEVICE_FAULTS
 from backends.faults.interposer import refusal as interposer_refusal
 from backends.model import DEFAULT_MODEL, SAMPLE_RATE_HZ, read_onnx
+from qualification import history
 from qualification.criteria import DEVICE_LIMIT, Criterion
 from qualification.host import MB, Hosted, Job
 from qualification.judge import Judge
 from qualification.observe import sampler_of
+from qualification.plot import run_times
 from qualification.progress import Progress
 from qualification.records import RecordError
-from qualification.resume import TestByTest
+from qualification.resume import TAKEN, TestByTest
 from qualification.run import (
     DEFAULT_AUDIO,
     DEFAULT_RESULTS,
@@ -56,6 +58,7 @@ QUICK_TIMEOUT_S = 300
 _NOT_RUN = "not run"
 _RUN = pytest.StashKey["Run"]()
 _JUDGE = pytest.StashKey[Judge]()
+_SEEN = pytest.StashKey["_Seen"]()
 _OWN_TESTS = (ROOT / "tests" / "unit", ROOT / "tests" / "meta")
 
 
@@ -98,6 +101,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="go on where an earlier run of the same was cut off, test by test",
     )
     group.addoption(
+        "--history", metavar="FILE", type=Path, help=f"SQLite file for how runs ended (default: {history.FILE} there)"
+    )
+    group.addoption(
+        "--history-key", metavar="KEY", default=history.KEY, help="key in it, by which other tools look the status up"
+    )
+    group.addoption(
+        "--on-finish",
+        metavar="COMMAND",
+        type=_command,
+        default=[],
+        help="command that gets the run's summary as JSON on its standard input; split into words, no shell",
+    )
+    group.addoption(
         "--point", metavar="NAME", type=_point, help="repeat one point of the sweep, and nothing else of it"
     )
     group.addoption(
@@ -117,6 +133,16 @@ def _shard(text: str) -> tuple[int, int]:
     if not (share.isdigit() and of.isdigit() and 1 <= int(share) <= int(of)):
         raise argparse.ArgumentTypeError(f"{text!r}: expected K/N, a share from 1 to N and their number, such as 1/4")
     return int(share), int(of)
+
+
+def _command(text: str) -> list[str]:
+    try:
+        words = shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+    if not words:
+        raise argparse.ArgumentTypeError("it is empty: expected a command and its arguments")
+    return words
 
 
 def _seconds(text: str) -> float:
@@ -221,7 +247,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         )
     try:
         run.take_device(config.getoption("--lock-wait"), partial(_say, config))
-        path = run.begin_records(config.getoption("--results"))
+        path = run.begin_records(config.getoption("--results"), resumes=config.getoption("--resume"))
     except Refused as error:
         raise pytest.UsageError(str(error)) from error
     if config.getoption("--resume"):
@@ -230,7 +256,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             run.resume_key(),
         )
         config.pluginmanager.register(
-            TestByTest(kept, run.tests, lambda item: item.stash.get(_JUDGE, None), CriterionFailed)
+            TestByTest(kept, run.tests, path.name, lambda item: item.stash.get(_JUDGE, None), CriterionFailed)
         )
     log = path.with_suffix(".log")
     # As private as the records.
@@ -265,14 +291,20 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         run.release_lock()
 
 
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Close the records. After Ctrl-C they are whole too, with fewer criteria than the collected tests have.
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int | pytest.ExitCode) -> None:
+    """Close the records, and say how the run ended.
 
-    A run that was killed has no last line, and counts as damaged.
+    After Ctrl-C they are whole too, with fewer criteria than the collected tests have. A run that was killed has no
+    last line, and counts as damaged.
     """
-    run = session.config.stash.get(_RUN, None)
-    if run is not None and run.records is not None:
-        run.records.close()
+    config = session.config
+    run = config.stash.get(_RUN, None)
+    if run is None or run.records is None:
+        return
+    run.records.close()
+    file = config.getoption("--history") or Path(config.getoption("--results")) / history.FILE
+    summary = run.summary(int(exitstatus))
+    run.notes += history.publish(summary, file, config.getoption("--history-key"), config.getoption("--on-finish"))
 
 
 # Verdicts.
@@ -303,13 +335,22 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Give what was not measured its verdict, and put the four lines first."""
     report = yield
-    judge = item.stash.get(_JUDGE, None)
     run = item.config.stash.get(_RUN, None)
-    if run is None or not _is_judged(item):
+    if run is None or run.records is None or not _is_judged(item):
         return report
+    _give_verdicts(item, run, call, report)
+    seen = item.stash.setdefault(_SEEN, _Seen())
+    seen.add(call, report)
+    if call.when == "teardown":
+        _write_test(item, run, seen)
+    return report
+
+
+def _give_verdicts(item: pytest.Item, run: Run, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
+    judge = item.stash.get(_JUDGE, None)
     if judge is None:
         if call.excinfo is None:
-            return report
+            return
         # It failed before its own judge was made.
         judge = item.stash[_JUDGE] = _judge_for(item, run)
     if call.excinfo is not None:
@@ -320,6 +361,9 @@ def pytest_runtest_makereport(
             )
             for word in ("reason: ", "Skipped: ", "not run: "):
                 reason = str(reason).removeprefix(word)
+            if call.excinfo.errisinstance(Unsupported):
+                needed = [Capability(name) for mark in item.iter_markers("needs") for name in mark.args]
+                judge.lacking = next((each.value for each in needed if not run.backend.capabilities[each].yes), None)
             judge.end("not_run", reason)
             report.user_properties.append((_NOT_RUN, reason))
         else:
@@ -334,7 +378,52 @@ def pytest_runtest_makereport(
     elif call.when == "call" and report.failed:
         # A strict expected failure that passed: the backend's "no" is stale.
         report.longrepr = f"{report.longrepr}\nthe backend can do this now: correct its capability statement"
-    return report
+
+
+class _Seen:
+    """What is seen of a test besides its verdicts."""
+
+    def __init__(self) -> None:
+        self.outcome = "passed"
+        self.duration_s = 0.0
+        self.subjects: list[Subject] = []
+        #: By the wall clock: where the time of its series begins.
+        self.sampled_from_s: float | None = None
+        self.device_limit_bytes: int | None = None
+        self.events: list[tuple[float, str]] = []
+
+    def add(self, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
+        """Take in one phase of the test: after its call, what its subjects told."""
+        self.duration_s += call.duration
+        if report.failed:
+            self.outcome = "failed"
+        elif report.skipped and self.outcome == "passed":
+            self.outcome = "not_run"
+        if call.when == "call" and self.sampled_from_s is not None:
+            for subject in self.subjects:
+                # One that is broken has no events; that it is broken is judged elsewhere.
+                with suppress(Exception):
+                    told = run_times(subject.events(), self.sampled_from_s)
+                    self.events += [each for each in told if each[0] >= 0]
+
+
+def _write_test(item: pytest.Item, run: Run, seen: _Seen) -> None:
+    judge, taken = item.stash.get(_JUDGE, None), item.stash.get(TAKEN, None)
+    repeat = _repeat_command(item, run)
+    try:
+        run.write_test(
+            test=_name_of(item),
+            id=item.nodeid,
+            outcome=seen.outcome,
+            duration_s=seen.duration_s,
+            repeat=repeat,
+            evidence=judge.evidence if judge is not None else (),
+            events=sorted(seen.events),
+            device_limit_bytes=seen.device_limit_bytes,
+            taken_from=taken,
+        )
+    except RecordError as error:
+        pytest.exit(f"the records cannot be written: {error}", returncode=1)
 
 
 def _with_four_lines(item: pytest.Item, run: Run, judge: Judge, longrepr: Any) -> str:
@@ -448,6 +537,7 @@ def new_backend(request: pytest.FixtureRequest) -> Iterator[Callable[[int], Back
     made: list[Backend] = []
 
     def make(limit_bytes: int) -> Backend:
+        request.node.stash.setdefault(_SEEN, _Seen()).device_limit_bytes = limit_bytes
         backend: Backend = request.config.stash[_RUN].new_backend()
         made.append(backend)
         backend.limit_memory(limit_bytes)
@@ -467,8 +557,15 @@ def backend(new_backend: Callable[[int], Backend], device_limit_bytes: int) -> B
 @pytest.fixture
 def new_sampler(request: pytest.FixtureRequest) -> Callable[[Subject], Sampler]:
     """Make samplers of a subject's processes, and of the card that it is on, where it is on one."""
-    run = request.config.stash[_RUN]
-    return lambda subject: sampler_of(subject, run.card, card_is_ours=not run.allow_shared_gpu)
+    run, seen = request.config.stash[_RUN], request.node.stash.setdefault(_SEEN, _Seen())
+
+    def make(subject: Subject) -> Sampler:
+        sampler = sampler_of(subject, run.card, card_is_ours=not run.allow_shared_gpu)
+        # Of several the last is the one that is judged.
+        seen.sampled_from_s = time.time()
+        return sampler
+
+    return make
 
 
 @pytest.fixture
@@ -574,7 +671,7 @@ def new_subject(
     request: pytest.FixtureRequest, tmp_path: Path, model_path: Path, device_limit_bytes: int
 ) -> Iterator[NewSubject]:
     """Make subjects: ``new_subject(backend, workdir="a", policy={...})``; all are closed at the end."""
-    run = request.config.stash[_RUN]
+    run, seen = request.config.stash[_RUN], request.node.stash.setdefault(_SEEN, _Seen())
     made: list[Subject] = []
 
     def make(backend: Backend | None, workdir: str = "spool", policy: Mapping[str, Any] | None = None) -> Subject:
@@ -587,6 +684,7 @@ def new_subject(
             policy=policy or {},
         )
         made.append(run.factory(context))
+        seen.subjects.append(made[-1])
         return made[-1]
 
     yield make

@@ -1,8 +1,10 @@
 """What a cell measured: JSON Lines, one file for each cell, each line chained to the one before by a SHA-256.
 
 A first line ``run``, a line ``criterion`` for each verdict, a line ``sweep`` for what became of each part of the
-exhaustive sweep, a last line ``end`` with the count. The chain detects
+exhaustive sweep, a line ``test`` when a test has come to its end, a last line ``end`` with the count. The chain detects
 damage, not forgery. There is no field for audio or transcripts, so neither can enter.
+
+Of what is not Python's own, only ``thin`` needs anything: where no cell can run, there is a record that says so.
 """
 
 from __future__ import annotations
@@ -13,13 +15,20 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
-
-SCHEMA_VERSION = 1
+#: Version 2 has ``test`` lines, and says more about machine, suite and subject.
+SCHEMA_VERSION = 2
+#: Those that can be read.
+KNOWN_VERSIONS = (1, 2)
 VERDICTS = ("pass", "fail", "not_run")
+#: How a test ended.
+OUTCOMES = ("passed", "failed", "not_run")
+#: The most lines of evidence, and the most events of a subject, that the record of a test keeps.
+EVIDENCE_MAX = 200
+EVENTS_MAX = 1000
 #: The most points that a series keeps.
 SERIES_POINTS_MAX = 240
 _NO_PREVIOUS = "0" * 64
@@ -38,6 +47,9 @@ class Record:
     #: Whether it has its end.
     complete: bool
     sweeps: tuple[dict[str, Any], ...] = ()
+    tests: tuple[dict[str, Any], ...] = ()
+    #: When it ended, UTC.
+    ended: str | None = None
 
 
 class RecordWriter:
@@ -78,13 +90,16 @@ class RecordWriter:
         criterion: str,
         verdict: str,
         value: float | None = None,
+        relation: str = "",
         limit: float | None = None,
         unit: str = "",
         provenance: str | None = None,
         points_seen: int = 0,
         faults_fired: int = 0,
         absorbed: int = 0,
+        detail: str = "",
         reason: str = "",
+        capability: str | None = None,
         series: Mapping[str, Iterable[Sequence[float]]] | None = None,
     ) -> None:
         """Write one verdict. ``series`` maps a name to [t_s, value] pairs, and is thinned to SERIES_POINTS_MAX.
@@ -104,13 +119,16 @@ class RecordWriter:
             "criterion": criterion,
             "verdict": verdict,
             "value": value,
+            "relation": relation,
             "limit": limit,
             "unit": unit,
             "provenance": provenance,
             "points_seen": points_seen,
             "faults_fired": faults_fired,
             "absorbed": absorbed,
+            "detail": detail,
             "reason": reason,
+            "capability": capability,
             "series": {name: thin(points) for name, points in (series or {}).items()},
         }
         self._write(_line("criterion", self._previous, fields))
@@ -120,10 +138,48 @@ class RecordWriter:
         whose = {"backend": backend, "environment": environment, "test": test}
         self._write(_line("sweep", self._previous, {**whose, **fields}))
 
+    def test(
+        self,
+        *,
+        backend: str,
+        environment: str,
+        test: str,
+        id: str,
+        outcome: str,
+        duration_s: float,
+        repeat: str,
+        evidence: Sequence[str] = (),
+        events: Sequence[tuple[float, str]] = (),
+        device_limit_bytes: int | None = None,
+        taken_from: str | None = None,
+    ) -> None:
+        """Write how a test ended. ``events`` are (t_s, kind), in the time of the test's series.
+
+        Of ``evidence`` the first EVIDENCE_MAX lines are kept, and of ``events`` every nth, EVENTS_MAX at most. Raises
+        ValueError for an unknown outcome, TypeError, and RecordError as ``criterion`` does.
+        """
+        if outcome not in OUTCOMES:
+            raise ValueError(f"outcome is {outcome!r}: expected one of {', '.join(OUTCOMES)}")
+        fields = {
+            "backend": backend,
+            "environment": environment,
+            "test": test,
+            "id": id,
+            "outcome": outcome,
+            "duration_s": round(duration_s, 3),
+            "repeat": repeat,
+            "evidence": list(evidence[:EVIDENCE_MAX]),
+            "events": [(round(t_s, 3), kind) for t_s, kind in events[:: math.ceil(len(events) / EVENTS_MAX) or 1]],
+            "events_told": len(events),
+            "device_limit_bytes": device_limit_bytes,
+            "taken_from": taken_from,
+        }
+        self._write(_line("test", self._previous, fields))
+
     def close(self) -> None:
         """Write the ``end`` line and close the file. A second call, or one after a failed write, does nothing."""
         if self._descriptor is not None:
-            self._write(_line("end", self._previous, {"count": self._lines}))
+            self._write(_line("end", self._previous, {"count": self._lines, "ended": now()}))
             self._release()
 
     def _write(self, line: bytes) -> None:
@@ -146,6 +202,29 @@ class RecordWriter:
             os.close(descriptor)
 
 
+def now() -> str:
+    """Give the time as records have it: UTC, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def name_of(environment: str, backend: str) -> str:
+    """Give the file name of a record that begins now: it names the cell, and no other process has it."""
+    return f"{environment}-{backend}-{datetime.now(UTC):%Y%m%dT%H%M%S}-{os.getpid()}.jsonl"
+
+
+def write_not_run(folder: Path, run: Mapping[str, Any], reason: str) -> Path:
+    """Write the record of a cell that cannot run here, and why: ``run`` has its ``backend`` and ``environment``.
+
+    Raises OSError, RecordError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name_of(run["environment"], run["backend"])
+    if path.exists():
+        return path  # said by this process a moment ago
+    RecordWriter(path, {**run, "collected": [], "not_run": reason, "began": now()}).close()
+    return path
+
+
 def read(path: Path, *, partial: bool = False) -> Record:
     """Read a record and verify its chain, order, count and schema version.
 
@@ -166,7 +245,8 @@ def read(path: Path, *, partial: bool = False) -> Record:
     run: dict[str, Any] = {}
     criteria: list[dict[str, Any]] = []
     sweeps: list[dict[str, Any]] = []
-    complete = False
+    tests: list[dict[str, Any]] = []
+    complete, ended = False, None
     previous = _NO_PREVIOUS
     for number, line in enumerate(lines, 1):
         if complete:
@@ -183,26 +263,50 @@ def read(path: Path, *, partial: bool = False) -> Record:
             damaged(number - 1, f"altered, or a line after it is missing: its hash is not what line {number} carries")
         previous = hashlib.sha256(line).hexdigest()
         kind = fields.pop("kind", None)
-        expected = ("run",) if number == 1 else ("criterion", "sweep", "end")
+        expected = ("run",) if number == 1 else ("criterion", "sweep", "test", "end")
         if kind not in expected:
             damaged(number, f"kind is {kind!r}: expected {' or '.join(expected)}")
         if kind == "run":
-            if fields.get("schema_version") != SCHEMA_VERSION:
-                damaged(1, f"schema_version is {fields.get('schema_version')!r}: this reader knows {SCHEMA_VERSION}")
+            if fields.get("schema_version") not in KNOWN_VERSIONS:
+                known = ", ".join(map(str, KNOWN_VERSIONS))
+                damaged(1, f"schema_version is {fields.get('schema_version')!r}: this reader knows {known}")
             run = fields
         elif kind == "criterion":
             criteria.append(fields)
         elif kind == "sweep":
             sweeps.append(fields)
+        elif kind == "test":
+            tests.append(fields)
         else:
-            if fields != {"count": number - 1}:
+            if fields.get("count") != number - 1:
                 damaged(number, f"the end line says {fields}, but {number - 1} lines come before it")
-            complete = True
+            complete, ended = True, fields.get("ended")
     if torn and complete:
         damaged(len(lines) + 1, f"there is more after the end line (line {len(lines)})")
     if not complete and not partial:
         damaged(len(lines) + bool(torn), "truncated: " + ("it is cut off" if torn else "no end line comes after it"))
-    return Record(run, tuple(criteria), complete, tuple(sweeps))
+    return Record(run, tuple(criteria), complete, tuple(sweeps), tuple(tests), ended)
+
+
+def cut_off(folder: Path, run: Mapping[str, Any], collected: Iterable[str]) -> list[str]:
+    """Name the records in a folder of runs that were cut off, and that one with this first line and tests goes on with.
+
+    They are of the same cell, machine, suite and subject, and collected nothing else.
+    """
+    same = ("backend", "environment", "suite_sha256", "subject", "subject_sha256", "model_sha256", "audio_sha256")
+    tests, found = set(collected), []
+    for path in sorted(folder.glob(f"{run['environment']}-{run['backend']}-*.jsonl")):
+        try:
+            record = read(path, partial=True)
+        except RecordError:
+            continue  # damaged, not cut off
+        its = record.run
+        ended = {each.get("id") for each in record.tests}
+        is_open = not record.complete or not ended.issuperset(its.get("collected", ()))
+        is_ours = all(its.get(name) == run[name] for name in same) and its.get("machine") == run["machine"]
+        if is_open and is_ours and tests.issuperset(its.get("collected", ())):
+            found.append(path.name)
+    return found
 
 
 def thin(points: Iterable[Sequence[float]], points_max: int = SERIES_POINTS_MAX) -> list[list[float | None]]:
@@ -210,6 +314,8 @@ def thin(points: Iterable[Sequence[float]], points_max: int = SERIES_POINTS_MAX)
 
     A point without a finite time is dropped; a value that is not finite becomes None.
     """
+    import numpy as np  # not at the top: see above
+
     pairs = np.array([(float(t), float(v)) for t, v in points], dtype=np.float64).reshape(-1, 2)
     pairs = pairs[np.isfinite(pairs[:, 0])]
     values = np.where(np.isfinite(pairs[:, 1]), pairs[:, 1], np.nan)
@@ -232,8 +338,8 @@ def _line(kind: str, previous: str, fields: Mapping[str, Any]) -> bytes:
 
 def _plain(value: object) -> object:
     """Turn into what strict JSON can hold: numpy into Python, numbers that are not finite into None."""
-    if isinstance(value, np.generic | np.ndarray):
-        value = value.tolist()
+    if hasattr(value, "tolist"):
+        value = value.tolist()  # NumPy's
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if value is None or isinstance(value, str | int):

@@ -7,13 +7,16 @@ runs again.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from qualification.judge import Judge
+from qualification.records import now
 from qualification.survival import Unfinished
+
+#: On a test that was not run again: the record of the run that measured it.
+TAKEN = pytest.StashKey[str]()
 
 
 class TestByTest:
@@ -29,10 +32,12 @@ class TestByTest:
         self,
         unfinished: Unfinished,
         selected: Iterable[str],
+        record: str,
         judge_of: Callable[[pytest.Item], Judge | None],
         criterion_failed: type[BaseException],
     ) -> None:
-        """Take up what there is of the tests that are ``selected``."""
+        """Take up what there is of the tests that are ``selected``; this run writes to ``record``, a file's name."""
+        self._record = record
         self._unfinished, self._judge_of, self._criterion_failed = unfinished, judge_of, criterion_failed
         self._left = set(selected)
         self._selected = frozenset(self._left)
@@ -50,6 +55,7 @@ class TestByTest:
             return None
         judge.take(kept["verdicts"], f"measured by the run that was cut off, until {kept['ended']}")
         judge.evidence, judge.complaint = list(kept["evidence"]), str(kept["complaint"])
+        pyfuncitem.stash[TAKEN] = str(kept["record"])
         self.taken.append(pyfuncitem.nodeid)
         return True
 
@@ -63,7 +69,8 @@ class TestByTest:
             failed = call.excinfo is not None and not call.excinfo.errisinstance(self._criterion_failed)
             if not failed and not judge.unjudged and all(each.verdict != "not_run" for each in judge.verdicts):
                 self._measured[item.nodeid] = {
-                    "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "ended": now(),
+                    "record": self._record,
                     "verdicts": judge.written,
                     "evidence": judge.evidence,
                     "complaint": judge.complaint,

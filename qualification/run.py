@@ -7,10 +7,9 @@ import hashlib
 import inspect
 import os
 import platform
-import subprocess
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,12 @@ from typing import Any
 import backends
 from backends.contract import Backend, BackendError
 from backends.faults.cuda import ALLOW_DEVICE_FAULTS, DriverError, NoDriver
-from qualification import __version__, gpu
+from qualification import __version__, gpu, identity
 from qualification.audio import AudioError, load_wav
 from qualification.criteria import Criteria, CriteriaError
 from qualification.lock import DeviceLock, LockBusy
 from qualification.platform_check import disk_refusal, refusal
-from qualification.records import RecordError, RecordWriter
+from qualification.records import VERDICTS, RecordError, RecordWriter, cut_off, name_of, now
 from qualification.subject import Subject, SubjectContext, SubjectError, load_factory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +31,8 @@ DEFAULT_RESULTS = ROOT / "results"
 #: What the sweep runs unless a model is named: the ends of the acoustic model, and no layer between them. A load of it
 #: makes a quarter of the allocations, and each of them is swept.
 SWEEP_MODEL = ROOT / "tests" / "data" / "small.onnx"
+SUMMARY_VERSION = 1
+_SUMMARISED = ("test", "criterion", "value", "relation", "limit", "unit", "provenance", "reason")
 #: The matrix sets it to the name of the environment that is installed.
 _ENVIRONMENT = "PLIMSOLL_ENVIRONMENT"
 
@@ -63,6 +64,12 @@ class Run:
     tests: list[str] = field(default_factory=list)
     #: Said at the end of the run.
     notes: list[str] = field(default_factory=list)
+    #: How many criteria got which verdict, and how many tests ended how.
+    verdicts: Counter[str] = field(default_factory=Counter)
+    outcomes: Counter[str] = field(default_factory=Counter)
+    #: Those that failed, as they were written, without their series.
+    failed: list[dict[str, Any]] = field(default_factory=list)
+    began: str = ""
 
     def header(self) -> list[str]:
         """Say what is being qualified."""
@@ -113,19 +120,27 @@ class Run:
         except Exception as error:
             raise Refused(f"--model {self.model}: {error}") from error
 
-    def begin_records(self, folder: Path, **more: Any) -> Path:
-        """Write the first line of the records, with ``more`` in it; give their file. Raises Refused."""
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-        path = folder / f"{self.environment}-{self.backend.name}-{stamp}-{os.getpid()}.jsonl"
+    def begin_records(self, folder: Path, *, resumes: bool = False, **more: Any) -> Path:
+        """Write the first line of the records, with ``more`` in it; give their file. Raises Refused.
+
+        With ``resumes`` it names the records of the runs that were cut off, and that this one goes on with.
+        """
+        path = folder / name_of(self.environment, self.backend.name)
+        self.began = now()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.records = RecordWriter(path, {**self._about(), **more})
+            about = {**self._about(), **more}
+            about["resumes"] = cut_off(folder, about, self.tests) if resumes else []
+            self.records = RecordWriter(path, about)
         except (OSError, RecordError) as error:
             raise Refused(f"--results {folder}: the records cannot be written: {error}") from error
         return path
 
     def write(self, **fields: Any) -> None:
         """Write a criterion's verdict to the records."""
+        self.verdicts[fields["verdict"]] += 1
+        if fields["verdict"] == "fail":
+            self.failed.append({name: fields[name] for name in _SUMMARISED})
         if self.records is not None:
             self.records.criterion(backend=self.backend.name, environment=self.environment, **fields)
 
@@ -134,10 +149,35 @@ class Run:
         if self.records is not None:
             self.records.sweep(backend=self.backend.name, environment=self.environment, **fields)
 
+    def write_test(self, **fields: Any) -> None:
+        """Write how a test ended to the records."""
+        self.outcomes[fields["outcome"]] += 1
+        if self.records is not None:
+            self.records.test(backend=self.backend.name, environment=self.environment, **fields)
+
     def end_records(self) -> None:
         """Write the last line; a run that was cut off has none, and counts as damaged."""
         if self.records is not None:
             self.records.close()
+
+    def summary(self, exit_status: int) -> dict[str, Any]:
+        """Say how the run ended, for other tools: what was qualified where, and what became of it."""
+        ended, fewer = self.outcomes, self.outcomes.total() < len(self.tests)
+        failed = bool(exit_status or self.failed or ended["failed"] or fewer)
+        return {
+            "schema_version": SUMMARY_VERSION,
+            "kind": "run",
+            "began": self.began,
+            "finished": now(),
+            "verdict": "fail" if failed else "pass" if ended["passed"] else "not_run",
+            "exit_status": exit_status,
+            **self.identity(),
+            "machine": identity.machine(),
+            "record": str(self.records.path.resolve()) if self.records else None,
+            "tests": {"collected": len(self.tests), **{each: ended[each] for each in ("passed", "failed", "not_run")}},
+            "criteria": {each: self.verdicts[each] for each in VERDICTS},
+            "failed": self.failed,
+        }
 
     def release_lock(self) -> None:
         """Let the next run in."""
@@ -148,9 +188,9 @@ class Run:
     def identity(self) -> dict[str, Any]:
         """Give what has to be the same for two runs to be parts of one."""
         return {
-            "suite_version": __version__,
-            "suite_commit": suite_commit(),
+            **identity.suite(),
             "subject": self.subject_spec,
+            **identity.subject(self.factory),
             "backend": self.backend.name,
             "device": {"name": self.device, "card": asdict(self.card) if self.card else None},
             "environment": self.environment,
@@ -174,10 +214,7 @@ class Run:
         return {
             **self.identity(),
             "machine": {
-                "system": platform.platform(),
-                "processors": os.cpu_count(),
-                "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-                "python": platform.python_version(),
+                **identity.machine(),
                 "gpus": gpus,
                 "gpus_unread": no_gpus or None,
             },
@@ -189,7 +226,7 @@ class Run:
             "audio_sha256": _digest(self.audio),
             "criteria": {"source": self.criteria.source, "overridden": self.criteria.overridden},
             "collected": self.tests,
-            "began": datetime.now(UTC).isoformat(timespec="seconds"),
+            "began": self.began,
         }
 
 
@@ -312,19 +349,3 @@ def _versions() -> dict[str, str]:
     there = reversed([*metadata.distributions()])
     found = {(each.name or "").lower().replace("_", "-"): each.version for each in there}
     return {name: found[name] for name in sorted(found) if name in names or name.startswith("nvidia-")}
-
-
-def suite_commit() -> str | None:
-    """Say which commit this is, and whether anything was changed in it; None where git does not say."""
-    try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

@@ -23,6 +23,7 @@ from contextlib import ExitStack, closing
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 
@@ -31,7 +32,7 @@ from backends.errors import classify
 from backends.faults.ballast import HostBallast, free
 from backends.host import available_bytes
 from backends.model import DEFAULT_MODEL, SAMPLE_RATE_HZ
-from qualification import growth, leaks, plot
+from qualification import growth, history, leaks, plot
 from qualification.attribution import attribute, opened_at_rest
 from qualification.criteria import Criterion
 from qualification.host import MB
@@ -177,10 +178,19 @@ def _main(options: argparse.Namespace, words: Sequence[str], ending: Ending) -> 
                 shutil.rmtree(workdir, ignore_errors=True)
                 raise
         recording.judge(judge)
+        repeat = shlex.join(["python", "tests/test_memory_protection.py", *words])
+        run.write_test(
+            test=TEST,
+            id=TEST,
+            outcome="failed" if judge.failed else "passed",
+            repeat=repeat,
+            evidence=recording.summary(),
+            **recording.told(),
+        )
 
     print("\n".join([*recording.summary(), *_table(judge)]))
     for verdict in judge.failed:
-        print("", *verdict.lines(shlex.join(["python", "tests/test_memory_protection.py", *words])), sep="\n")
+        print("", *verdict.lines(repeat), sep="\n")
     print(f"\nrecords: {path}", flush=True)
     print(recording.plot(path.with_suffix(".svg")))
     if judge.failed:
@@ -188,7 +198,10 @@ def _main(options: argparse.Namespace, words: Sequence[str], ending: Ending) -> 
     else:
         shutil.rmtree(workdir, ignore_errors=True)
     status, line = _conclude(judge)
-    print(line, flush=True)
+    summary = run.summary(status)
+    if status == EXIT_INCONCLUSIVE:  # what was judged holds, and not everything was judged: that is no pass
+        summary["verdict"] = "not_run"
+    print(*history.publish(summary, options.results / history.FILE, history.KEY), line, sep="\n", flush=True)
     return status
 
 
@@ -548,6 +561,14 @@ class Recording:
             # One line, and no control characters: the text may be a subject's.
             lines.append("  crash      " + "".join(c if c.isprintable() else " " for c in self._crash))
         return [*lines, *self._looked_into]
+
+    def told(self) -> dict[str, Any]:
+        """Give what the records keep of the recording besides its verdicts."""
+        return {
+            "duration_s": self._elapsed_s,
+            "events": self._events,
+            "device_limit_bytes": self._device_limit_bytes,
+        }
 
     def plot(self, path: Path) -> str:
         """Plot memory and events into a file, and say so, or why not."""

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import ast
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from backends.contract import FaultRecord, Provenance
-from qualification.criteria import CRITERIA, PARAMETERS, Criteria, Criterion
+from qualification.criteria import (
+    CRITERIA,
+    GROUPS,
+    PARAMETERS,
+    PROFILES,
+    RECOVERY_TIMES,
+    Criteria,
+    Criterion,
+    group_of,
+    profile_of,
+)
 from qualification.judge import Judge
 
+ROOT = Path(__file__).resolve().parents[2]
 FIRED = FaultRecord(3, 2, 0, Provenance.CAPPED, "Fail: no memory")
 LIMIT = Criterion("test_x", "growth", "<", 1.0, "MB/s", "Growth < 1 MB/s")
 EXACT = Criterion("test_x", "lost", "==", 0, "samples", "Nothing lost")
@@ -112,3 +126,49 @@ def test_overrides_are_remembered_for_the_records(tmp_path: Any) -> None:
         "test_sustained_high_memory_usage.duration_s": 30.0,
     }
     assert criteria.duration_s("test_sustained_high_memory_usage") == 30.0
+
+
+# Groups, profiles and the times of recoveries: what a report is made by.
+
+TESTS = list(dict.fromkeys(each.test for each in CRITERIA))
+
+
+def _marks() -> dict[str, set[str]]:
+    """Give the marks of every test of the qualification, its own and those of its class, as they are written."""
+    found: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        for group in ast.parse(path.read_text(encoding="utf-8")).body:
+            if not isinstance(group, ast.ClassDef):
+                continue
+            for test in group.body:
+                if isinstance(test, ast.FunctionDef) and test.name.startswith("test_"):
+                    written = [*group.decorator_list, *test.decorator_list]
+                    marks = (re.match(r"pytest\.mark\.(\w+)", ast.unparse(each)) for each in written)
+                    found[test.name] = {each[1] for each in marks if each}
+    return found
+
+
+def test_every_test_is_in_one_group() -> None:
+    grouped = [test for tests in GROUPS.values() for test in tests]
+    assert sorted(grouped) == sorted(TESTS), f"in none, or in two: {set(TESTS) ^ set(grouped)}, {len(grouped)} in all"
+    assert all(test in GROUPS[group_of(test) or ""] for test in TESTS)
+    assert group_of("test_of_nobody") is None
+
+
+def test_the_profiles_are_what_the_marks_select() -> None:
+    """A test that is not slow is quick, one of the whole sweep is of the sweep, and every other slow one of the soak."""
+    marks = _marks()
+    assert set(marks) == set(TESTS), f"with marks or criteria only: {set(marks) ^ set(TESTS)}"
+    by_marks = {
+        test: "quick" if "slow" not in its else "sweep" if "sweep" in its else "soak" for test, its in marks.items()
+    }
+    wrong = {test: (profile_of(test), profile) for test, profile in by_marks.items() if profile_of(test) != profile}
+    assert not wrong, f"profiles as named, and by the marks: {wrong}"
+    assert set(PROFILES) == set(by_marks.values())
+
+
+def test_the_times_of_recoveries_are_criteria_in_seconds() -> None:
+    timed = {each.name for each in CRITERIA if each.unit == "s"}
+    assert set(RECOVERY_TIMES) == timed, f"in seconds, or a time to recover, and not both: {set(RECOVERY_TIMES) ^ timed}"
+    assert all(each.relation == "<" for each in CRITERIA if each.name in RECOVERY_TIMES), "one has no upper limit"
+    assert all(each.unit == "s" for each in CRITERIA if each.name in RECOVERY_TIMES), "one is not in seconds"

@@ -6,9 +6,11 @@ import ast
 import configparser
 import functools
 import inspect
+import itertools
 import os
 import re
 import shlex
+import string
 import subprocess
 import sys
 import wave
@@ -49,6 +51,7 @@ EXEMPT = {
     "nvidia-smi": "needs an NVIDIA driver",
     "watch": "runs until it is stopped, in a second terminal",
     "ls -t results": "the folder is there after the first run",
+    "cat merged/report/summary.md": "the folder is there after the report of the workflow",
     "espeak-ng": "needs a speech synthesiser; the recording is committed",
     "sox": "needs SoX; the recording is committed",
 }
@@ -73,8 +76,27 @@ def commands_in(text: str) -> list[str]:
 
 
 def workflow_commands(text: str) -> list[str]:
-    """Give what a workflow runs."""
-    return re.findall(r"(?m)^\s+(?:- )?run: (.+)$", text)
+    """Give what a workflow runs, for each cell and each value that its expressions give to the variables."""
+    expressions = dict(re.findall(r"(?m)^\s+([A-Z_]+): \$\{\{ (.+) \}\}$", text))
+    cells = [
+        {"matrix.backend": backend.name, "matrix.environment": environment}
+        for backend in backends.declared()
+        for environment in backend.environments
+    ]
+    found = []
+    for command in re.findall(r"(?m)^\s+(?:- )?run: (.+)$", text):
+        used = [name for name in expressions if f"${name}" in command]
+        for cell in cells:
+            choices = [
+                [cell[expressions[name]]]
+                if expressions[name] in cell
+                else re.findall(r"(?:&&|\|\|) '([^']+)'", expressions[name])
+                for name in used
+            ]
+            assert all(choices), f"an expression gives no value to one of {used}"
+            given = (dict(zip(used, values, strict=True)) for values in itertools.product(*choices))
+            found += [string.Template(command).safe_substitute(each) for each in given]
+    return found
 
 
 COMMANDS = sorted(
@@ -241,9 +263,25 @@ def check(command: str, criteria: Path) -> str | None:
         case ["nox", "-s", "doctor"]:
             done = run(sys.executable, "-m", "nox", "-s", "doctor")
             return None if "environment  can run" in done.stdout else f"nox ended with {done.returncode}: {done.stderr}"
-        case ["nox", "-s", session, *rest]:
-            if session not in sessions() or (rest and rest[0] != "--"):
-                return f"nox has no session {session}, or {rest} does not begin with --"
+        case ["nox", "-s", "ci-matrix", "--", *_]:
+            # One of its own: two commands are checked at a time.
+            output = criteria.with_name(re.sub(r"\W+", "-", command))
+            output.write_text("", encoding="utf-8")
+            done = run("env", f"GITHUB_OUTPUT={output}", sys.executable, "-m", *words)
+            expected = f"matrix={done.stdout}" if "--github-output" in words else ""
+            good = done.returncode == 0 and output.read_text(encoding="utf-8") == expected
+            return None if good else f"nox ended with {done.returncode}: {done.stderr}"
+        case ["nox", "-s", "report", "--", *rest] if "report" in sessions():
+            gates = [after for option, after in itertools.pairwise(rest) if option == "--gate"]
+            missing = [gate for gate in gates if not (ROOT / gate).is_file()]
+            strange = {word for word in rest if word.startswith("-")} - {"--gate", "--out"}
+            return f"there is no {missing}, or the report does not know {strange}" if missing or strange else None
+        case ["nox", "-s", session, *_]:
+            # Several sessions before the dashes get the same arguments.
+            asked = list(itertools.takewhile(lambda word: word != "--", words[2:]))
+            rest = words[2 + len(asked) :]
+            if unlisted := {session, *asked} - sessions():
+                return f"nox has no session {', '.join(sorted(unlisted))}"
             if not rest or session == "lock":
                 unknown_to_lock = set(rest[1:]) - {"--check", "--upgrade"}
                 return f"nox -s lock does not know {unknown_to_lock}" if unknown_to_lock else None
@@ -253,6 +291,9 @@ def check(command: str, criteria: Path) -> str | None:
             # Without a card it is refused for that: what it says is understood.
             lacking = "cuda" in session and problem and ("cannot run here" in problem or "has no device" in problem)
             return None if lacking else problem
+        case ["nox", "--list", "--json", "-t", tag]:
+            done = run(sys.executable, "-m", *words)
+            return None if f'"{tag}"' in done.stdout else f"nox lists nothing under {tag}: {done.stderr}"
         case ["nox", "--list"]:
             return None if sessions() else "nox lists no session"
         case ["python", "-m", "protection", *_]:

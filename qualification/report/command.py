@@ -1,0 +1,204 @@
+"""The command that makes a report: read the records, judge, write the files, say what came of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import backends
+from qualification import history, identity
+from qualification.report import against
+from qualification.report.charts import Timeline
+from qualification.report.gate import DEFAULT, Gate, GateError, load
+from qualification.report.gather import Evidence, GatherError, gather
+from qualification.report.junit import junit
+from qualification.report.markdown import markdown
+from qualification.report.page import NoTemplates, page
+from qualification.report.verdict import report
+
+EXIT_PASS = 0
+EXIT_RED = 1
+EXIT_REFUSED = 2
+RESULTS = identity.ROOT / "results"
+PAGE, DATA, JUNIT, SUMMARY = "index.html", "report.json", "junit.xml", "summary.md"
+_REASONS_SHOWN = 10
+
+
+class Refused(ValueError):
+    """A report cannot be made. The message says why."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what a report can be told."""
+    parser.add_argument(
+        "folders",
+        metavar="FOLDER",
+        nargs="*",
+        type=Path,
+        help="what runs wrote their records to, of any number of runs and machines (default: results)",
+    )
+    parser.add_argument("--out", metavar="FOLDER", type=Path, help="where to write (default: report in the first one)")
+    parser.add_argument(
+        "--gate", metavar="FILE.toml", type=Path, default=DEFAULT, help="what has to be proven (default: %(default)s)"
+    )
+    parser.add_argument("--against", metavar="report.json", type=Path, help="an earlier report: show what became worse")
+    parser.add_argument(
+        "--history", metavar="FILE", type=Path, help=f"SQLite file (default: {history.FILE} beside out)"
+    )
+    parser.add_argument("--history-key", metavar="KEY", default=history.KEY, help="key in it (default: %(default)s)")
+    parser.add_argument(
+        "--on-finish",
+        metavar="ARGV",
+        nargs=argparse.REMAINDER,
+        default=[],
+        help="comes last: a command and its arguments, which gets the summary as JSON on standard input",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Make the report; give the exit status. Raises Refused."""
+    folders = options.folders or [RESULTS]
+    out = options.out or folders[0] / "report"
+    declared = backends.declared()
+    try:
+        gate = load(options.gate, [(each.name, environment) for each in declared for environment in each.environments])
+        earlier = against.load(options.against) if options.against else None
+        evidence = gather(folders)
+        made = report(evidence, gate, declared)
+        if earlier is not None:
+            compare(made, earlier, str(options.against), gate)
+    except (GateError, GatherError, against.AgainstError) as error:
+        raise Refused(str(error)) from error
+    try:
+        notes = write(out, made, timelines(evidence, made))
+    except OSError as error:
+        raise Refused(f"--out {out}: the report cannot be written: {error.strerror or error}") from error
+    file = options.history or out.parent / history.FILE
+    notes += history.publish(summary(made, out), file, options.history_key, options.on_finish)
+    say(made, out, notes)
+    return EXIT_PASS if made["verdict"] == "pass" else EXIT_RED
+
+
+def compare(made: dict[str, Any], earlier: Mapping[str, Any], name: str, gate: Gate) -> None:
+    """Add to a report what became worse since an earlier one. Raises AgainstError."""
+    items = against.compare(earlier, made, gate.regression)
+    made["regressions"] = {"against": name, "items": items}
+    if gate.fail_on_regression and items:
+        made["verdict"] = "fail"
+        made["reasons"].append(f"{len(items)} regressions against {name}, the first: {items[0]['text']}")
+
+
+def write(out: Path, made: Mapping[str, Any], charts: Sequence[Timeline]) -> list[str]:
+    """Write the report's files, each whole or not at all; give what is to be said of them. Raises OSError."""
+    out.mkdir(parents=True, exist_ok=True)
+    notes = []
+    put(out / DATA, json.dumps(made, indent=1, allow_nan=False) + "\n")
+    put(out / JUNIT, junit(made))
+    put(out / SUMMARY, markdown(made))
+    try:
+        put(out / PAGE, page(made, charts))
+    except NoTemplates as error:
+        # One of an earlier report would be taken for this one's.
+        (out / PAGE).unlink(missing_ok=True)
+        notes.append(f"no page: {error}")
+    return notes
+
+
+def put(path: Path, text: str) -> None:
+    """Write a text file whole or not at all, for everyone to read as far as the umask allows. Raises OSError."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(descriptor)
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(temporary).chmod(0o666 & ~umask)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def timelines(evidence: Evidence, made: Mapping[str, Any]) -> list[Timeline]:
+    """Give the memory of every criterion that has it, with what happened meanwhile, in the report's order."""
+    sources = {(each.name, each.sha256): each for each in evidence}
+    found = []
+    for cell in made["cells"]:
+        its = {each["file"]: sources[each["file"], each["sha256"]] for each in cell["records"]}
+        for criterion in cell["criteria"]:
+            record = its[criterion["record"]].record
+            if record is None:
+                continue
+            key = (criterion["test"], criterion["criterion"])
+            line = next((each for each in record.criteria if (each["test"], each["criterion"]) == key), {})
+            series = {name: points for name, points in line.get("series", {}).items() if name.endswith("_bytes")}
+            if not series:
+                continue
+            ended = next((each for each in record.tests if each["test"] == criterion["test"]), {})
+            found.append(
+                Timeline(
+                    cell=cell["id"],
+                    test=criterion["test"],
+                    criterion=criterion["criterion"],
+                    series=series,
+                    events=[(float(t_s), str(kind)) for t_s, kind in ended.get("events", ())],
+                    device_limit_bytes=ended.get("device_limit_bytes"),
+                    verdict=criterion["verdict"],
+                )
+            )
+    return found
+
+
+def summary(made: Mapping[str, Any], out: Path) -> dict[str, Any]:
+    """Say in short what a report found, for other tools."""
+    return {
+        "schema_version": made["schema_version"],
+        "kind": "report",
+        "finished": made["made"],
+        "verdict": made["verdict"],
+        "reasons": made["reasons"],
+        **made["suite"],
+        "gate": made["gate"]["source"],
+        "report": str((out / DATA).resolve()),
+        "cells": [
+            {name: cell[name] for name in ("backend", "environment", "machine", "required", "verdict", "reason")}
+            for cell in made["cells"]
+        ],
+        "regressions": None if made["regressions"] is None else len(made["regressions"]["items"]),
+    }
+
+
+def say(made: Mapping[str, Any], out: Path, notes: Sequence[str]) -> None:
+    """Print what came of it."""
+    for cell in made["cells"]:
+        where = f"{cell['backend']} in {cell['environment']}" + (f" on {cell['machine']}" if cell["machine"] else "")
+        line = f"{cell['verdict'].replace('_', ' '):<8} {where}" + (f": {cell['reason']}" if cell["reason"] else "")
+        print(_printable(line))
+    if made["regressions"] is not None:
+        items = made["regressions"]["items"]
+        print(f"{len(items)} regressions against {_printable(made['regressions']['against'])}")
+        for each in items[:_REASONS_SHOWN]:
+            print(_printable(f"  {each['what']}: {each['cell']} {each['test']}: {each['text']}"))
+    for note in notes:
+        print(_printable(note))
+    print(f"report: {out / PAGE if (out / PAGE).exists() else out / SUMMARY}")
+    if made["verdict"] == "pass":
+        print("QUALIFIED: every required cell is proven", flush=True)
+        return
+    print(f"NOT QUALIFIED, by the gate {made['gate']['source']}:", file=sys.stderr)
+    for reason in made["reasons"][:_REASONS_SHOWN]:
+        print(_printable(f"  {reason}"), file=sys.stderr)
+    if len(made["reasons"]) > _REASONS_SHOWN:
+        print(f"  and {len(made['reasons']) - _REASONS_SHOWN} more: see the report", file=sys.stderr)
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -349,6 +349,7 @@ def qualify(session: nox.Session) -> None:
     # Of its own: a report on what lies in results/ would be one on every run since the last clean-up.
     folder = Path(given or RESULTS / f"qualify-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}").absolute()
     session.log(f"if it is cut off, go on with: nox -s qualify -- --results {shlex.quote(os.path.relpath(folder))}")
+    folder.mkdir(parents=True, exist_ok=True)
     found = machine.cells()
     print(machine.table(found), flush=True)
     hook = ("--on-finish", told) if told else ()

@@ -104,18 +104,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    if reason := refusal() or python_refusal():
-        print(f"error: {reason}", file=sys.stderr)
-        return EXIT_REFUSED
-    files, marks, more = PROFILES[options.profile]
-    if options.marks:
-        # pytest takes the last of two: it would run what the profile leaves out.
-        marks = f"({options.marks}) and {marks}"
-    hook = ("--on-finish", shlex.join(options.on_finish)) if options.on_finish else ()
-    words = ["-c", str(ROOT / "pytest_memory.ini"), *(str(ROOT / file) for file in files), "-v", "-m", marks, *more]
-    # In this one's place: Ctrl-C and other signals are pytest's, which ends in order and closes the records.
-    sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, "-m", "pytest", *words, "--backend", options.backend, *rest, *hook])
+    reason = refusal() or python_refusal()
+    if not reason:
+        files, marks, more = PROFILES[options.profile]
+        if options.marks:
+            # pytest takes the last of two: it would run what the profile leaves out.
+            marks = f"({options.marks}) and {marks}"
+        hook = ("--on-finish", shlex.join(options.on_finish)) if options.on_finish else ()
+        words = ["-c", str(ROOT / "pytest_memory.ini"), *(str(ROOT / file) for file in files), "-v", "-m", marks, *more]
+        words += ["--backend", options.backend, *rest, *hook]
+        # In this one's place: Ctrl-C and other signals are pytest's, which ends in order and closes the records.
+        os.execv(sys.executable, [sys.executable, "-m", "pytest", *words])
+    print(f"error: {reason}", file=sys.stderr)
+    return EXIT_REFUSED
 
 
 def _list(*, as_json: bool) -> int:

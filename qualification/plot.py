@@ -61,6 +61,8 @@ EVENT_STYLES = {
     for kind, marker in zip(kinds, _MARKERS, strict=False)
 }
 _TIMES = (("h", 3600.0), ("min", 60.0), ("s", 1.0))
+#: Around charts with lanes, in inches: for the names of the lanes, a title, between two axes, for times and the legend.
+_LEFT, _TOP, _BETWEEN, _BOTTOM = 1.35, 0.25, 0.28, 0.65
 #: Five hours are shown in hours, five minutes in minutes.
 _TIME_UNITS_LEAST = 5
 _STYLE: dict[Any, Any] = {
@@ -77,8 +79,7 @@ _STYLE: dict[Any, Any] = {
 class Chart:
     """Series that share a time, with what belongs to them: see ``write``.
 
-    With ``lanes`` events are below the series, a lane for each kind, and those that are few are lines as well. ``across`` names
-    what is in the place of time, where it is something else.
+    With ``lanes`` events are below the series, a lane for each kind, and those that are few are lines as well.
     """
 
     title: str
@@ -88,7 +89,6 @@ class Chart:
     judged_from_s: Mapping[str, float] = field(default_factory=dict)
     device_limit_bytes: float | None = None
     lanes: bool = False
-    across: str | None = None
 
 
 def write(
@@ -253,8 +253,19 @@ def _figure(charts: Sequence[Chart]) -> Figure | None:
     heights = [height for chart, there in drawn for height in _heights(chart, there)]
     if not heights:
         return None
-    figure = Figure(figsize=(9, 1.5 + sum(heights)), layout="constrained")
-    grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+    if all(chart.lanes for chart, _ in drawn):
+        # What is beside a lane has a size that is known: to measure it takes as long as to draw it.
+        height = _TOP + sum(heights) + _BETWEEN * (len(heights) - 1) + _BOTTOM
+        edges = {"left": _LEFT / 9, "right": 0.985, "top": 1 - _TOP / height, "bottom": _BOTTOM / height}
+        figure = Figure(figsize=(9, height))
+        grid = figure.add_gridspec(
+            len(heights), 1, height_ratios=heights, hspace=_BETWEEN * len(heights) / sum(heights), **edges
+        )
+        place: Literal["lower center", "outside lower center"] = "lower center"
+    else:
+        figure = Figure(figsize=(9, 1.5 + sum(heights)), layout="constrained")
+        grid = figure.add_gridspec(len(heights), 1, height_ratios=heights)
+        place = "outside lower center"
     legend: dict[str, Any] = {}
     row = 0
     for chart, there in drawn:
@@ -280,8 +291,8 @@ def _figure(charts: Sequence[Chart]) -> Figure | None:
             axes = figure.add_subplot(grid[row], sharex=first)
             _draw_lanes(axes, _events(chart, unit_s))
             row += 1
-        axes.set_xlabel(chart.across or f"time [{unit}]")
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, frameon=False)
+        axes.set_xlabel(f"time [{unit}]")
+    figure.legend(legend.values(), legend.keys(), loc=place, ncols=4, frameon=False)
     return figure
 
 
@@ -290,7 +301,7 @@ def _heights(chart: Chart, there: Mapping[str, Floats]) -> list[float]:
     if not chart.lanes:
         return [1.9] * len(there)
     kinds = {known(kind) for _, kind in chart.events}
-    return [1.2] * len(there) + ([0.15 + 0.15 * len(kinds)] if kinds else [])
+    return [0.95] * len(there) + ([0.05 + 0.15 * len(kinds)] if kinds else [])
 
 
 def _events(chart: Chart, unit_s: float) -> list[tuple[float, str]]:

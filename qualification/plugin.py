@@ -247,7 +247,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         )
     try:
         run.take_device(config.getoption("--lock-wait"), partial(_say, config))
-        path = run.begin_records(config.getoption("--results"), resumes=config.getoption("--resume"))
+        point = config.getoption("--point")
+        path = run.begin_records(
+            config.getoption("--results"),
+            resumes=config.getoption("--resume"),
+            point=point.name if point else None,
+            shard=list(config.getoption("--shard")),
+        )
     except Refused as error:
         raise pytest.UsageError(str(error)) from error
     if config.getoption("--resume"):

@@ -179,7 +179,9 @@ class RecordWriter:
     def close(self) -> None:
         """Write the ``end`` line and close the file. A second call, or one after a failed write, does nothing."""
         if self._descriptor is not None:
-            self._write(_line("end", self._previous, {"count": self._lines, "ended": now()}))
+            ended = now()
+            fields = {"count": self._lines, "ended": ended, "sha256": _seal(self._lines, ended)}
+            self._write(_line("end", self._previous, fields))
             self._release()
 
     def _write(self, line: bytes) -> None:
@@ -281,6 +283,8 @@ def read(path: Path, *, partial: bool = False) -> Record:
             if fields.get("count") != number - 1:
                 damaged(number, f"the end line says {fields}, but {number - 1} lines come before it")
             complete, ended = True, fields.get("ended")
+            if run["schema_version"] > 1 and fields.get("sha256") != _seal(number - 1, ended):
+                damaged(number, f"altered: the end line says {fields}, and its sha256 is another")
     if torn and complete:
         damaged(len(lines) + 1, f"there is more after the end line (line {len(lines)})")
     if not complete and not partial:
@@ -293,7 +297,8 @@ def cut_off(folder: Path, run: Mapping[str, Any], collected: Iterable[str]) -> l
 
     They are of the same cell, machine, suite and subject, and collected nothing else.
     """
-    same = ("backend", "environment", "suite_sha256", "subject", "subject_sha256", "model_sha256", "audio_sha256")
+    what = ("subject", "subject_sha256", "model_sha256", "audio_sha256", "point", "shard")
+    same = ("backend", "environment", "suite_sha256", *what)
     tests, found = set(collected), []
     for path in sorted(folder.glob(f"{run['environment']}-{run['backend']}-*.jsonl")):
         try:
@@ -303,7 +308,7 @@ def cut_off(folder: Path, run: Mapping[str, Any], collected: Iterable[str]) -> l
         its = record.run
         ended = {each.get("id") for each in record.tests}
         is_open = not record.complete or not ended.issuperset(its.get("collected", ()))
-        is_ours = all(its.get(name) == run[name] for name in same) and its.get("machine") == run["machine"]
+        is_ours = all(its.get(name) == run.get(name) for name in same) and its.get("machine") == run["machine"]
         if is_open and is_ours and tests.issuperset(its.get("collected", ())):
             found.append(path.name)
     return found
@@ -334,6 +339,11 @@ def _line(kind: str, previous: str, fields: Mapping[str, Any]) -> bytes:
     """Give a line as strict JSON in ASCII, without its newline."""
     whole = {"kind": kind, "previous": previous, **{key: _plain(field) for key, field in fields.items()}}
     return json.dumps(whole, allow_nan=False, separators=(",", ":")).encode("ascii")
+
+
+def _seal(count: int, ended: object) -> str:
+    """Hash what the last line says: no line comes after it that would show that it was altered."""
+    return hashlib.sha256(f"{count} {ended}".encode()).hexdigest()
 
 
 def _plain(value: object) -> object:

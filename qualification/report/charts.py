@@ -13,6 +13,7 @@ from qualification.sampling import MEMORY
 #: What matplotlib asks for is a list of twelve families; a page has one that is always there.
 _FAMILIES = re.compile(r"font-family: 'DejaVu Sans'[^;\"]*")
 _ATTRIBUTE = re.compile(r'="[^"]*"')
+_METADATA = re.compile(r"<metadata>.*?</metadata>", re.DOTALL)
 _DECIMALS = re.compile(r"(\d+\.\d)\d+")
 _UPRIGHT = re.compile(r"M (\S+) (\S+) \nL \1 (\S+) \n")
 
@@ -52,8 +53,7 @@ def draw(timeline: Timeline) -> bytes | str:
     """Draw a timeline; give the SVG, or as text why there is no picture."""
     series: Mapping[str, plot.Points] = timeline.series
     limit = timeline.device_limit_bytes
-    across = None if is_memory(timeline) else "number"
-    chart = plot.Chart("", series, timeline.events, device_limit_bytes=limit, lanes=True, across=across)
+    chart = plot.Chart("", series, timeline.events, device_limit_bytes=limit, lanes=True)
     image = plot.render([chart], embedded=True)
     return image if isinstance(image, str) else _small(image)
 
@@ -80,13 +80,7 @@ def describe(timeline: Timeline) -> str:
         said.append(events_text(timeline))
     if timeline.device_limit_bytes and "device_used_bytes" in timeline.series:
         said.append(f"levels of pressure of a device of {timeline.device_limit_bytes * 1e-6:.0f} MB")
-    what = "Memory over time" if is_memory(timeline) else "What was measured, one after another"
-    return f"{what}, {timeline.test}. {'; '.join(said) or 'Nothing could be read'}."
-
-
-def is_memory(timeline: Timeline) -> bool:
-    """Whether a timeline has a series of memory; others, such as a time for each kill, have a number in time's place."""
-    return any(name.endswith("_bytes") for name in timeline.series)
+    return f"Memory over time, {timeline.test}. {'; '.join(said) or 'Nothing could be read'}."
 
 
 def events_text(timeline: Timeline) -> str:
@@ -99,6 +93,7 @@ def _small(image: bytes) -> bytes:
     """Write an SVG of matplotlib's shorter: a tenth of a point is finer than anyone sees."""
     text = image.decode("utf-8")
     text = text[text.index("<svg") :]
+    text = _METADATA.sub("", text)
     text = _FAMILIES.sub("font-family: sans-serif", text)
     text = _ATTRIBUTE.sub(lambda found: _DECIMALS.sub(r"\1", found[0]), text)
     text = _UPRIGHT.sub(r"M\1 \2V\3", text).replace(" \nL ", "L").replace(" \nM ", "M")

@@ -151,6 +151,7 @@ def timelines(evidence: Evidence, made: Mapping[str, Any]) -> list[Timeline]:
                     series=series,
                     events=[(float(t_s), str(kind)) for t_s, kind in ended.get("events", ())],
                     device_limit_bytes=ended.get("device_limit_bytes"),
+                    events_told=ended.get("events_told", 0),
                     verdict=criterion["verdict"],
                 )
             )

@@ -120,7 +120,9 @@ def load(path: Path, declared: Iterable[tuple[str, str]]) -> Gate:
             raise GateError(f"{path}: [regression]: unknown key {name!r}: {_nearest(name, names)}")
         if value < 0:
             raise GateError(f"{path}: [regression]: {name} is {value:g}: expected at least 0")
-    return Gate(str(path), cells, profiles, not_run, overridden, strict, Thresholds(**thresholds))
+    source = path.resolve()
+    shown = source.relative_to(ROOT) if source.is_relative_to(ROOT) else path
+    return Gate(str(shown), cells, profiles, not_run, overridden, strict, Thresholds(**thresholds))
 
 
 def _strings(path: Path, table: Mapping[str, Any], key: str) -> tuple[str, ...]:

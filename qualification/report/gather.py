@@ -15,6 +15,7 @@ from typing import Any
 
 from qualification import records
 from qualification.records import Record, RecordError
+from qualification.report import shape
 
 #: ENVIRONMENT-BACKEND-TIME-PROCESS.jsonl
 _NAME = re.compile(r"(?P<environment>[a-z][a-z0-9]*)-(?P<backend>[a-z0-9-]+)-\d{8}T\d{6}-\d+\.jsonl")
@@ -108,6 +109,9 @@ def read(path: Path) -> Source:
         return Source(path.name, sha256, None, problem, *cell)
     run = record.run
     own = (str(run.get("backend", "")), str(run.get("environment", "")))
+    if not problem and (misshapen := shape.wrong_with(record)):
+        # What it says cannot be relied on: not even which machine it is of.
+        return Source(path.name, sha256, None, misshapen, *own)
     if not problem and not record.complete:
         problem = f"{CUT_OFF}: it has no end line, so the run was killed or the file was cut"
     problem = problem or _inconsistency(record, own, cell)
@@ -120,9 +124,8 @@ def _first_line_of(raw: bytes) -> Record | None:
         run = json.loads(raw.split(b"\n", 1)[0])
     except (ValueError, RecursionError):
         return None
-    if not isinstance(run, dict) or not isinstance(run.get("backend"), str):
-        return None
-    return Record(run, (), complete=False)
+    record = Record(run, (), complete=False) if isinstance(run, dict) else None
+    return None if record is None or shape.wrong_with(record) else record
 
 
 def _inconsistency(record: Record, own: tuple[str, str], named: tuple[str, str]) -> str:

@@ -138,11 +138,11 @@ def _cell(cell: Mapping[str, Any], timelines: Sequence[Timeline]) -> dict[str, A
 
 def _picture(timeline: Timeline) -> dict[str, Any]:
     image = charts.draw(timeline)
-    drawn = isinstance(image, bytes)
+    drawn, why_none = (image, "") if isinstance(image, bytes) else (b"", image)
     return {
         "timeline": timeline,
-        "source": "data:image/svg+xml;base64," + base64.b64encode(image).decode("ascii") if drawn else "",
-        "why_none": "" if drawn else image,
+        "source": f"data:image/svg+xml;base64,{base64.b64encode(drawn).decode('ascii')}" if drawn else "",
+        "why_none": why_none,
         "words": charts.describe(timeline),
         "numbers": charts.summarize(timeline),
         "events": charts.events_text(timeline) if timeline.events else "",

@@ -196,7 +196,8 @@ def _subject(source: Source, newest: Mapping[str, Any]) -> str:
     if not run or run.get("not_run") or not newest:
         return ""
     for name in ("subject", "subject_sha256", "model_sha256", "audio_sha256"):
-        if run.get(name) != newest.get(name):
+        # Of a file the name counts, wherever it lies.
+        if Path(str(run.get(name))).name != Path(str(newest.get(name))).name:
             what = "version of the subject" if name == "subject_sha256" else name.removesuffix("_sha256")
             its, newer = str(run.get(name))[:80], str(newest.get(name))[:80]
             return f"another {what} than in the newest record: {its}, and there {newer}"
@@ -208,8 +209,10 @@ def _too_few(source: Source) -> str:
     record = source.record
     if record is None or source.run.get("not_run"):
         return ""
-    collected = source.run.get("collected")
-    if not isinstance(collected, list) or not collected:
+    collected = source.run["collected"]
+    if source.run.get("point"):
+        return f"fewer results than collected: of the sweep it tried the point {source.run['point']} alone"
+    if not collected:
         return "zero tests: it collected none"
     ended = {str(each.get("id")) for each in record.tests}
     missing = [str(each) for each in collected if each not in ended]
@@ -256,7 +259,8 @@ def _cells(
     shares = _shares(sources, wrong)
     for cell in machines.values():
         _take_in(cell, wrong)
-        cell.helps = bool(cell.tests) and all(test in shares for test in cell.tests)
+        sound = [each for each in cell.sources if each not in wrong and not each.run.get("not_run")]
+        cell.helps = bool(sound) and all(_shared(each) >= _tests_of(each) for each in sound)
     for cell in machines.values():
         _judge(cell, gate, shares)
     if not machines:
@@ -265,6 +269,10 @@ def _cells(
         (cell.red if required else cell.grey).append(reason)
         return [cell]
     return [cell for _, cell in sorted(machines.items(), key=lambda item: (str(item[1].machine), item[0]))]
+
+
+def _tests_of(source: Source) -> set[str]:
+    return {str(line["test"]) for line in source.record.tests} if source.record is not None else set()
 
 
 def _take_in(cell: _Cell, wrong: Mapping[Source, str]) -> None:
@@ -323,8 +331,7 @@ def _judge(cell: _Cell, gate: Gate, shares: Mapping[str, str]) -> None:
 
 def _overridden(source: Source) -> dict[str, Any]:
     """Give the limits and parameters that a run had other than the defaults."""
-    criteria = source.run.get("criteria")
-    return dict(criteria.get("overridden") or {}) if isinstance(criteria, dict) else {}
+    return dict((source.run.get("criteria") or {}).get("overridden", {}))
 
 
 def _of_test(cell: _Cell, test: str) -> list[tuple[dict[str, Any], Source]]:
@@ -347,8 +354,6 @@ def _contradiction(line: Mapping[str, Any], source: Source) -> str:
     """Say how a verdict does not follow from what was measured and what is declared."""
     verdict, test, name = line.get("verdict"), str(line.get("test")), str(line.get("criterion"))
     declared = _DECLARED.get((test, name))
-    if verdict not in ("pass", "fail", "not_run"):
-        return f"its verdict is {verdict!r}"
     overridden = _overridden(source)
     if declared is None or verdict != "pass":
         return ""
@@ -367,27 +372,32 @@ def _contradiction(line: Mapping[str, Any], source: Source) -> str:
 # A sweep in shares, on several machines.
 
 
+def _shared(source: Source) -> set[str]:
+    """Name the tests of which a record has a share; none where it swept on its own."""
+    if source.record is None or (source.run.get("shard") or [1, 1])[1] == 1:
+        return set()
+    return _tests_of(source) & {*SLOW_PROFILES["sweep"]}
+
+
 def _shares(sources: Iterable[Source], wrong: Mapping[Source, str]) -> dict[str, str]:
     """Say of each test that was swept in shares which of them are missing; "": none."""
-    found: dict[tuple[str, int, Any, Any], set[int]] = {}
-    whole = set()
+    found: dict[tuple[str, int], set[int]] = {}
+    whole: set[str] = set()
     for source in sources:
         if source in wrong or source.record is None:
             continue
-        for line in source.record.sweeps:
-            if "shard" not in line:
-                continue
-            share, of = line["shard"]
-            if of == 1:
-                whole.add(str(line["test"]))
-            else:
-                found.setdefault((str(line["test"]), of, line.get("seed"), line.get("model")), set()).add(share)
+        shared = _shared(source)
+        whole |= _tests_of(source) - shared
+        for test in shared:
+            share, of = source.run["shard"]
+            found.setdefault((test, of), set()).add(share)
     result: dict[str, str] = {}
-    for (test, of, _, _), there in found.items():
+    for (test, of), there in found.items():
         missing = sorted(set(range(1, of + 1)) - there)
-        reason = f"{test}: of {of} shares {', '.join(map(str, missing))} missing" if missing else ""
-        if test not in whole and result.get(test) != "":
-            result[test] = reason
+        if test in whole or not missing:
+            result[test] = ""
+        else:
+            result.setdefault(test, f"{test}: of {of} shares {', '.join(map(str, missing))} missing")
     return result
 
 
@@ -640,7 +650,7 @@ def _about(cell: _Cell, expected: Expected) -> dict[str, Any] | None:
     run = source.run
     pins = _pins(expected.pins / f"{cell.environment}.txt")
     durations = [line.get("duration_s") or 0.0 for lines in cell.tests.values() for line, _ in lines]
-    versions = run["versions"] if isinstance(run.get("versions"), dict) else {}
+    versions = run.get("versions") or {}
     return {
         "machine": {"gpus": [], "gpus_unread": None, **source.machine},
         "device": run.get("device") or {"name": "", "card": None},

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qualification import records
+from qualification.identity import MACHINE
 
 ROOT = Path(__file__).resolve().parents[2]
 PROTECTION = "tests/test_memory_protection.py"
@@ -39,12 +40,12 @@ class Outcome:
         return {each["criterion"] for each in failed if not each["reason"]}
 
 
-def qualify(results: Path, *arguments: str, timeout_s: float = 200) -> Outcome:
-    """Run pytest with these arguments from the repository's root."""
+def qualify(results: Path, *arguments: str, timeout_s: float = 200, machine: str = "") -> Outcome:
+    """Run pytest with these arguments from the repository's root, on what calls itself ``machine``."""
     command = [*PYTEST, "--results", str(results)]
     # Another qualification may run on this machine: queue behind it.
     command += ["--lock-wait", "600", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "meta")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests" / "meta"), MACHINE: machine}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s + 600, check=False
     )

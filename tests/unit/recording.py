@@ -76,7 +76,6 @@ def write(
     change: Callable[[dict[str, Any]], Mapping[str, Any] | None] = lambda fields: fields,
     number: int = 1,
     collected: list[str] | None = None,
-    sweeps: Iterable[Mapping[str, Any]] = (),
     end: bool = True,
     **more: Any,
 ) -> Path:
@@ -120,8 +119,6 @@ def write(
             duration_s=1.5,
             repeat=f"python -m pytest {identifier}",
         )
-    for sweep in sweeps:
-        writer.sweep(backend=backend, environment=environment, **sweep)
     if end:
         writer.close()
     return path

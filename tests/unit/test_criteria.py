@@ -156,7 +156,7 @@ def test_every_test_is_in_one_group() -> None:
 
 
 def test_the_profiles_are_what_the_marks_select() -> None:
-    """A test that is not slow is quick, one of the whole sweep is of the sweep, and every other slow one of the soak."""
+    """What is not slow is quick; of the slow ones, those of the sweep are of the sweep, and all others of the soak."""
     marks = _marks()
     assert set(marks) == set(TESTS), f"with marks or criteria only: {set(marks) ^ set(TESTS)}"
     by_marks = {
@@ -169,6 +169,8 @@ def test_the_profiles_are_what_the_marks_select() -> None:
 
 def test_the_times_of_recoveries_are_criteria_in_seconds() -> None:
     timed = {each.name for each in CRITERIA if each.unit == "s"}
-    assert set(RECOVERY_TIMES) == timed, f"in seconds, or a time to recover, and not both: {set(RECOVERY_TIMES) ^ timed}"
+    assert set(RECOVERY_TIMES) == timed, (
+        f"in seconds, or a time to recover, and not both: {set(RECOVERY_TIMES) ^ timed}"
+    )
     assert all(each.relation == "<" for each in CRITERIA if each.name in RECOVERY_TIMES), "one has no upper limit"
     assert all(each.unit == "s" for each in CRITERIA if each.name in RECOVERY_TIMES), "one is not in seconds"

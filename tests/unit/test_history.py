@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +96,7 @@ def test_it_waits_for_one_that_writes_and_not_for_ever(tmp_path: Path, monkeypat
     monkeypatch.setattr(history, "_LOCKED_S", 0.2)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
-        for call in (lambda: history.store(path, "k", _summary("fail")), lambda: history.last(path, "k")):
+        for call in (partial(history.store, path, "k", _summary("fail")), partial(history.last, path, "k")):
             with pytest.raises(history.HistoryError, match=f"{path}: .*: database is locked"):
                 call()
     assert history.last(path, "k") == _summary(), "what could not be stored changed the status"
@@ -150,8 +151,8 @@ def test_without_permission_there_is_an_error(tmp_path: Path) -> None:
     program = (
         "import sys; sys.path.insert(0, sys.argv[2])\n"
         "from pathlib import Path; from qualification import history\n"
-        "path = Path(sys.argv[1])\n"
-        "for call in (lambda: history.last(path), lambda: history.store(path, 'k', {'finished': '', 'verdict': 'pass'})):\n"
+        "path, summary = Path(sys.argv[1]), {'finished': '', 'verdict': 'pass'}\n"
+        "for call in (lambda: history.last(path), lambda: history.store(path, 'k', summary)):\n"
         "    try: call(); print('no error')\n"
         "    except history.HistoryError as error: print(error)"
     )

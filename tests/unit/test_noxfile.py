@@ -23,6 +23,7 @@ import psutil
 import pytest
 
 import backends
+from qualification import history, identity, records
 
 ROOT = Path(__file__).resolve().parents[2]
 CELLS = sorted(
@@ -65,7 +66,8 @@ def test_the_sessions_are_the_matrix() -> None:
     expected = {f"{kind}-{environment}" for kind in KINDS for environment in ENVIRONMENTS}
     expected |= {f"cell-{environment}-{backend}" for backend, environment in CELLS}
     expected |= {"refusals-cuda12", "refusals-cuda13"}
-    expected |= {"memory-quick", "doctor", "ci-matrix", "tests", "bench", "bench-leaks", "lint", "lock"}
+    expected |= {"memory-quick", "qualify", "report", "doctor", "ci-matrix"}
+    expected |= {"tests", "bench", "bench-leaks", "lint", "lock"}
     assert set(listed(ROOT)) == expected
 
 
@@ -231,6 +233,47 @@ def test_a_cell_that_cannot_run_does_not_keep_the_others_from_it_but_is_shown(ch
     assert "cell-cpu-made-up" not in done.stderr
 
 
+def test_a_cell_that_cannot_run_has_a_record_that_says_why(checkout: Path) -> None:
+    (checkout / "backends/made_up.py").write_text(NEW.replace('">=3.11"', '">=9.9"'), encoding="utf-8")
+    nox(checkout, "--no-venv", "-s", "memory-quick-cpu", "--", "--version", "--results", "mine")
+    (path,) = (checkout / "mine").glob("*.jsonl")
+    found = records.read(path)
+    assert found.complete and found.run["collected"] == []
+    assert (found.run["backend"], found.run["environment"]) == ("made-up", "cpu")
+    assert found.run["not_run"].startswith("Python 9.9 or newer is needed"), found.run["not_run"]
+    assert found.run["machine"] == identity.machine()
+
+
+def test_a_release_runs_everything_then_reports_and_is_red_where_nothing_was_proven(tmp_path: Path) -> None:
+    results, hook = tmp_path / "results", tmp_path / "told.json"
+    done = nox(
+        *(ROOT, "--no-venv", "-s", "qualify", "--", "--backend", "cpu", "--collect-only", "-q"),
+        *("--results", str(results), "--gate", "gates/quick.toml", "--history", str(tmp_path / "history.sqlite")),
+        *("--on-finish", f"tee {hook}"),
+    )
+    assert done.returncode == 1
+    commands = re.findall(r"> python -m (pytest .*|qualification .*)", done.stderr)
+    assert [each.split()[0] for each in commands] == ["pytest", "pytest", "qualification"], done.stderr
+    assert "not (sweep and slow)" in commands[0] and "--resume" in commands[0]
+    assert "'sweep and slow'" in commands[1] and "--resume" in commands[1]
+    made = json.loads((results / "report" / "report.json").read_text(encoding="utf-8"))
+    assert made["verdict"] == "fail" and made["gate"]["source"] == "gates/quick.toml"
+    assert "no record of cpu in cpu" in made["reasons"][0]
+    assert json.loads(hook.read_text(encoding="utf-8"))["kind"] == "report"
+    assert history.last(tmp_path / "history.sqlite") == json.loads(hook.read_text(encoding="utf-8"))
+
+
+def test_a_release_on_a_machine_that_can_run_nothing_has_a_report_that_says_so(checkout: Path) -> None:
+    for name in ("backends", "qualification", "gates", "protection"):
+        shutil.copytree(ROOT / name, checkout / name, dirs_exist_ok=True)
+    for environment in ENVIRONMENTS:
+        (checkout / "constraints" / f"{environment}.txt").unlink()
+    done = nox(checkout, "--no-venv", "-s", "qualify")
+    assert done.returncode == 1, done.stderr
+    (path,) = (checkout / "results").glob("qualify-*/report/summary.md")
+    assert "not run: constraints/cpu.txt is missing" in path.read_text(encoding="utf-8")
+
+
 def test_one_backend_is_chosen_and_quick_full_and_sweeping_runs_share_its_cell() -> None:
     done = nox(
         ROOT,
@@ -246,8 +289,8 @@ def test_one_backend_is_chosen_and_quick_full_and_sweeping_runs_share_its_cell()
     ]
     runs = re.findall(r"python -m pytest -c pytest_memory.ini (.*)", done.stderr)
     given = "--collect-only -q -k 'oom_detection or fault_sweep' --backend cpu"
-    # The full one goes on where it was cut off.
-    assert runs == [f"{each} {given}{' --resume' if 'not (' in each else ''}" for each in expected]
+    # What takes hours goes on where it was cut off.
+    assert runs == [f"{each} {given}{'' if 'not slow' in each else ' --resume'}" for each in expected]
     tests = re.findall(r"<Function (\w+)>", done.stdout)
     assert tests == [
         *("test_oom_detection", "test_fault_sweep_sample"),

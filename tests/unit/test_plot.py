@@ -100,6 +100,25 @@ def test_ten_thousand_events_make_no_large_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("matplotlib")
+@pytest.mark.parametrize(("count", "lines"), [(3, len(SERIES)), (25, 0)])
+def test_in_lanes_every_event_is_a_stroke_and_few_are_lines_as_well(count: int, lines: int) -> None:
+    events = [(200.0 + 40 * i, "recovered") for i in range(count)]
+    image = plot.render([plot.Chart("", SERIES, events, lanes=True)], embedded=True)
+    assert isinstance(image, bytes)
+    text = image.decode("utf-8").lower()
+    assert f">recovered ({count})</text>" in text
+    strokes = re.findall(r'<path d="([^"]*)"[^>]*style="([^"]*stroke: #009e73[^"]*)"', text)
+    assert sum("dasharray" in style for _, style in strokes) == lines
+    assert [path.count("m ") for path, style in strokes if "dasharray" not in style] == [count]
+
+
+@pytest.mark.usefixtures("matplotlib")
+def test_what_is_rendered_is_what_is_written(tmp_path: Path) -> None:
+    assert plot.write(tmp_path / "plot.svg", SERIES, EVENTS, title="a run") is None
+    assert plot.render([plot.Chart("a run", SERIES, EVENTS)]) == (tmp_path / "plot.svg").read_bytes()
+
+
+@pytest.mark.usefixtures("matplotlib")
 def test_what_could_not_be_read_leaves_a_gap(tmp_path: Path) -> None:
     path = tmp_path / "plot.svg"
     several: list[dict[str, Any]] = [

@@ -7,15 +7,20 @@ import configparser
 import functools
 import inspect
 import itertools
+import json
 import os
 import re
 import shlex
+import sqlite3
 import string
 import subprocess
 import sys
+import tomllib
 import wave
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,13 +29,16 @@ import pytest
 
 import backends
 from backends.contract import Backend, Capability, Site
-from backends.model import read_onnx
+from backends.model import DEFAULT_MODEL, read_onnx
 from protection.policy import Policy
-from qualification.criteria import CRITERIA, PARAMETERS, Criterion
+from qualification import history, records
+from qualification.criteria import CRITERIA, PARAMETERS, PROFILES, Criterion
 from qualification.doctor import session as cell_session
 from qualification.records import RecordWriter
-from qualification.run import Run
-from qualification.subject import EVENT_KINDS, STRATEGIES, load_factory
+from qualification.report import command as report_command
+from qualification.report import gate as report_gate
+from qualification.run import DEFAULT_AUDIO, prepare
+from qualification.subject import DEFAULT_SUBJECT, EVENT_KINDS, STRATEGIES, load_factory
 from qualification.sweep.campaign import PROBLEMS, Tally
 from qualification.sweep.points import DEVICE_SWEEPS, HOST, RUNTIME, SWEEPS, TRANSIENT
 
@@ -249,6 +257,35 @@ def harness_help() -> str:
     return done.stdout
 
 
+@functools.cache
+def a_history(criteria: Path) -> Path:
+    """Make a history with one row."""
+    path = criteria.with_name(history.FILE)
+    history.store(path, history.KEY, {"finished": "now", "verdict": "pass"})
+    return path
+
+
+def ask(words: list[str], criteria: Path) -> str | None:
+    """Run what ``python -m qualification`` can do at once, and compare the options of the rest with its help."""
+    start = (sys.executable, "-m", "qualification")
+    match words:
+        case []:
+            done = run(*start, "--help")
+        case ["list", *_]:
+            done = run(*start, *words)
+        case ["status"] | ["status", "--history", _]:
+            done = run(*start, "status", "--history", str(a_history(criteria)))
+        case ["run", *_]:
+            done = run(*start, *words, "--collect-only", "-q")
+        case [command, *rest]:
+            done = run(*start, command, "--help")
+            unknown = {word for word in rest if word.startswith("--") and f"{word} " not in done.stdout}
+            missing = {word for word in rest if word.endswith(".toml") and not (ROOT / word).is_file()}
+            if unknown or missing:
+                return f"{command} does not know {unknown}, or there is no {missing}"
+    return f"it ended with {done.returncode}: {done.stdout[-800:]}{done.stderr[-800:]}" if done.returncode else None
+
+
 def check(command: str, criteria: Path) -> str | None:
     """Execute a command as far as its length allows; give what is wrong, or None."""
     words = shlex.split(command)
@@ -310,6 +347,12 @@ def check(command: str, criteria: Path) -> str | None:
             made = criteria.with_name("made.onnx")
             done = run(sys.executable, "-m", "backends.model", str(made), *rest)
             return done.stderr if done.returncode else different(made, ROOT / file)
+        case ["python", "-m", "qualification", *rest]:
+            return ask(rest, criteria)
+        case ["sqlite3", _, query]:
+            with closing(sqlite3.connect(a_history(criteria))) as database:
+                rows = database.execute(query).fetchall()
+            return None if rows == [("pass", "now")] else f"it gives {rows}"
         case ["python", "-m", "qualification.leaks", file]:
             # A trace of the reader's own is none of ours.
             trace = "tests/data/leaking.csv" if file == "TRACE.csv" else file
@@ -497,18 +540,79 @@ def test_the_example_reads_records(
     assert capsys.readouterr().out == "cpu.jsonl whole {'pass': 1}\n"
 
 
-def test_the_fields_of_a_record_are_all_named() -> None:
-    first, rest = DOCS["read-the-records"].split("**Then a line for each criterion")
-    criterion, swept = rest.split("**And a line for each part of the")
-    named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"(?m)^\| (`.+?) \|", first))))
-    source = inspect.getsource(Run._about) + inspect.getsource(Run.identity)
-    written = set(re.findall(r'(?m)^ {12}"(\w+)": ', source))
-    assert named == written | {"schema_version", "stress"}
-    named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"(?m)^\| (`.+?) \|", criterion))))
-    assert named == set(inspect.signature(RecordWriter.criterion).parameters) - {"self"}
-    named = set(re.findall(r"`(\w+)`", "".join(re.findall(r"(?m)^\| (`.+?) \|", swept))))
-    whose = set(inspect.signature(RecordWriter.sweep).parameters) - {"self", "fields"}
-    assert named == whose | {"model", "seed", "shard"} | set(Tally(SWEEPS[0], TRANSIENT).plain())
+def named_in(table: str) -> set[str]:
+    """Give the names in the first column of a table."""
+    return set(re.findall(r"`(\w+)`", "".join(re.findall(r"(?m)^\| (`.+?) \|", table))))
+
+
+def parameters_of(write: Callable[..., None]) -> set[str]:
+    return set(inspect.signature(write).parameters) - {"self", "fields"}
+
+
+def test_the_fields_of_a_record_are_all_named(tmp_path: Path) -> None:
+    text = DOCS["read-the-records"]
+    first, rest = text.split("**Then a line for each criterion")
+    criterion, rest = rest.split("**And a line for each part of the")
+    swept, rest = rest.split("**And a line when a test has come to its end")
+    ended, rest = rest.split("**Last line, `end`:**")
+    given = {"subject": DEFAULT_SUBJECT, "model": DEFAULT_MODEL, "audio": DEFAULT_AUDIO}
+    begun = prepare(backend="cpu", device=None, **given)  # type: ignore[arg-type]
+    path = begun.begin_records(tmp_path)
+    begun.end_records()
+    record = records.read(path)
+    cannot = records.read(records.write_not_run(tmp_path / "not", {"backend": "a", "environment": "b"}, "why")).run
+    assert named_in(first) == set(record.run) | set(cannot) | {"stress"}
+    assert f"| `schema_version` | {records.SCHEMA_VERSION}. " in first
+    (machine,) = re.findall(r"(?m)^\| `machine` \| (.+) \|$", first)
+    assert set(re.findall(r"`([a-z_]+)`", machine)) == set(record.run["machine"])
+    assert named_in(criterion) == parameters_of(RecordWriter.criterion)
+    whose = parameters_of(RecordWriter.sweep)
+    assert named_in(swept) == whose | {"model", "seed", "shard"} | set(Tally(SWEEPS[0], TRANSIENT).plain())
+    assert named_in(ended) == parameters_of(RecordWriter.test) | {"events_told"}
+    (bounds,) = re.findall(r"the first (\d+) lines", ended)
+    assert int(bounds) == records.EVIDENCE_MAX and f"at most {records.EVENTS_MAX}," in ended
+    outcomes = next(line for line in ended.splitlines() if line.startswith("| `outcome`"))
+    assert re.findall(r"`(\w+)`", outcomes)[1:] == list(records.OUTCOMES)
+    end = json.loads(path.read_text(encoding="utf-8").splitlines()[-1])
+    assert set(re.findall(r"`(\w+)`", rest.split("\n## ")[0])) == set(end) - {"kind", "previous"}
+    kept = text.split("## History")[1]
+    with closing(sqlite3.connect(a_history(tmp_path / "any"))) as database:
+        columns = [name for _, name, *_ in database.execute("PRAGMA table_info(history)")]
+    assert re.findall(r"(?m)^\| `(\w+)` \|", kept) == columns and history.KEY in kept
+
+
+def test_the_keys_of_a_gate_are_all_named(tmp_path: Path) -> None:
+    text = DOCS["read-a-report"].split("## The gate")[1].split("\n## ")[0]
+    keys = [each.name for each in fields(report_gate.Gate) if each.name != "source"]
+    assert re.findall(r"(?m)^\| `(\w+)` \|", text) == keys
+    (shown,) = fences(text, "toml")
+    assert sorted(tomllib.loads(shown)) == sorted(keys), "the example does not have every key"
+    (tmp_path / "gate.toml").write_text(shown, encoding="utf-8")
+    declared = [(each.name, environment) for each in backends.declared() for environment in each.environments]
+    assert report_gate.load(tmp_path / "gate.toml", declared).profiles == PROFILES
+    gates = sorted((ROOT / "gates").glob("*.toml"))
+    assert {f"../gates/{each.name}" for each in gates} == set(re.findall(r"\]\((\.\./gates/[^)]+)\)", text))
+    assert all(report_gate.load(each, declared) for each in gates)
+
+
+def test_the_thresholds_of_a_regression_are_those_of_the_code() -> None:
+    text = DOCS["read-a-report"].split("## Against")[1].split("\n## ")[0]
+    shown = {name: float(value) for name, value in re.findall(r"`(\w+_(?:percent|s|mb))` \(([\d.]+)\)", text)}
+    assert shown == vars(report_gate.Thresholds())
+
+
+def test_the_files_and_statuses_of_a_report_are_those_of_the_code() -> None:
+    text = DOCS["read-a-report"]
+    files = text.split("## Files")[1].split("\n## ")[0]
+    expected = [getattr(report_command, name) for name in ("PAGE", "DATA", "JUNIT", "SUMMARY")]
+    assert re.findall(r"(?m)^\| `([\w.]+)` \|", files) == expected
+    statuses = text.split("## Exit statuses")[1].split("\n## ")[0]
+    meant = (report_command.EXIT_PASS, report_command.EXIT_RED, report_command.EXIT_REFUSED)
+    assert re.findall(r"(?m)^\| (\d) \|", statuses) == [str(each) for each in meant]
+    options = set(
+        re.findall(r"(?m)^  (--[\w-]+)", run(sys.executable, "-m", "qualification", "report", "--help").stdout)
+    )
+    assert set(re.findall(r"`(--[\w-]+)", text)) <= options | {"--criteria", "--shard", "--resume"}
 
 
 def test_the_sweeps_and_what_they_promise_are_all_named() -> None:

@@ -7,19 +7,33 @@ import inspect
 import json
 import math
 import os
+import re
 import resource
 import signal
 import stat
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from qualification.records import SERIES_POINTS_MAX, RecordError, RecordWriter, read, thin
+from qualification.records import (
+    EVENTS_MAX,
+    EVIDENCE_MAX,
+    OUTCOMES,
+    SCHEMA_VERSION,
+    SERIES_POINTS_MAX,
+    RecordError,
+    RecordWriter,
+    read,
+    thin,
+    write_not_run,
+)
 
+ROOT = Path(__file__).resolve().parents[2]
 RUN = {"suite_version": "1.2", "subject": "x:y", "versions": {"numpy": "2"}, "collected": ["a", "b"]}
 
 
@@ -55,9 +69,147 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     record = read(path)
     first, second = record.criteria
     assert record.complete, "a closed record is not complete"
-    assert record.run == {"schema_version": 1, **RUN}, f"read back {record.run}"
+    assert record.run == {"schema_version": 2, **RUN}, f"read back {record.run}"
     assert (first["value"], first["limit"], first["points_seen"], first["provenance"]) == (1.5, None, 7, "capped")
+    defaults = {name: first[name] for name in ("relation", "detail", "capability")}
+    assert defaults == {"relation": "", "detail": "", "capability": None}, f"not given, they are {defaults}"
     assert second["series"] == {"rss": [[0.0, 1.0], [1.0, 2.0]]}, f"series came back as {second['series']}"
+
+
+def test_how_it_was_judged_and_what_is_lacking_is_read_back(tmp_path: Path) -> None:
+    """The relation, the runtime's own words and the capability are in the line of the criterion."""
+    writer = RecordWriter(tmp_path / "r.jsonl", RUN)
+    _criterion(writer, value=1.0, limit=2.0, relation="<=", detail="bad_alloc: out of memory")
+    _criterion(writer, verdict="not_run", capability="device_error")
+    writer.close()
+    told, lacking = read(tmp_path / "r.jsonl").criteria
+    assert (told["relation"], told["detail"], told["capability"]) == ("<=", "bad_alloc: out of memory", None)
+    assert (lacking["verdict"], lacking["capability"], lacking["detail"]) == ("not_run", "device_error", "")
+
+
+def test_the_end_says_when(tmp_path: Path) -> None:
+    """UTC, to the second; a record that was cut short has none."""
+    path = tmp_path / "r.jsonl"
+    before = datetime.now(UTC).replace(microsecond=0)
+    lines = _written(path, 0)
+    ended = read(path).ended
+    assert ended is not None and before <= datetime.fromisoformat(ended) <= datetime.now(UTC), f"it says {ended}"
+    path.write_bytes(lines[0] + b"\n")
+    assert read(path, partial=True).ended is None
+
+
+# How a test ended.
+
+ENDED: dict[str, Any] = {
+    "backend": "cpu",
+    "environment": "cpu",
+    "test": "t",
+    "id": "tests/x.py::t[a]",
+    "outcome": "passed",
+    "duration_s": 1.23456,
+    "repeat": "python -m pytest tests/x.py::t",
+}
+
+
+def test_how_a_test_ended_is_read_back(tmp_path: Path) -> None:
+    """It is in the chain with all other lines; what was not given is empty."""
+    path = tmp_path / "r.jsonl"
+    writer = RecordWriter(path, RUN)
+    _criterion(writer)
+    writer.test(**ENDED)
+    told = {"evidence": ["one", "two"], "events": [(0.00049, "a"), (2.5, "b")], "device_limit_bytes": 1 << 40}
+    writer.test(**{**ENDED, "outcome": "failed", **told, "taken_from": "cpu-cpu-1.jsonl"})
+    writer.close()
+    record = read(path)
+    assert len(record.criteria) == 1, "a line of a test was read as a criterion"
+    bare, full = record.tests
+    nothing = {"evidence": [], "events": [], "events_told": 0, "device_limit_bytes": None, "taken_from": None}
+    assert bare == {**ENDED, "duration_s": 1.235, **nothing}, f"read back {bare}"
+    assert (full["outcome"], full["evidence"], full["events"]) == ("failed", ["one", "two"], [[0.0, "a"], [2.5, "b"]])
+    assert (full["events_told"], full["device_limit_bytes"]) == (2, 1 << 40)
+    assert full["taken_from"] == "cpu-cpu-1.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'"outcome":"failed"', b'"outcome":"passed"'))
+    with pytest.raises(RecordError, match="line 4: altered"):
+        read(path)
+
+
+@pytest.mark.parametrize("outcome", ["pass", "skipped", "", "PASSED"])
+def test_another_outcome_is_refused(tmp_path: Path, outcome: str) -> None:
+    """Only the three that there are."""
+    writer = RecordWriter(tmp_path / "r.jsonl", RUN)
+    with pytest.raises(ValueError, match=f"outcome is '{outcome}': expected one of {', '.join(OUTCOMES)}"):
+        writer.test(**{**ENDED, "outcome": outcome})
+    with pytest.raises(TypeError, match="transcript"):
+        writer.test(**{**ENDED, "transcript": "hello"})
+    with pytest.raises(TypeError, match="cannot hold a bytes"):
+        writer.test(**{**ENDED, "evidence": [b"pcm"]})
+    writer.close()
+    assert read(tmp_path / "r.jsonl").tests == ()
+    with pytest.raises(RecordError, match="closed"):
+        writer.test(**ENDED)
+
+
+@pytest.mark.parametrize("count", [0, 1, EVENTS_MAX, EVENTS_MAX + 1, 2 * EVENTS_MAX, 25_500])
+def test_events_are_bounded_and_their_number_is_told(tmp_path: Path, count: int) -> None:
+    """At most EVENTS_MAX stay, evenly spread, the first among them."""
+    writer = RecordWriter(tmp_path / "r.jsonl", RUN)
+    writer.test(**ENDED, events=[(float(number), "oom_detected") for number in range(count)])
+    writer.close()
+    (line,) = read(tmp_path / "r.jsonl").tests
+    kept = [t_s for t_s, _ in line["events"]]
+    assert line["events_told"] == count and len(kept) <= EVENTS_MAX, f"{len(kept)} of {count} kept"
+    assert len(kept) >= min(count, EVENTS_MAX // 2), f"{len(kept)} of {count} kept"
+    assert kept == kept[:1] + [kept[0] + (kept[1] - kept[0]) * n for n in range(1, len(kept))], "not evenly spread"
+    assert not count or kept[0] == 0, f"the first that is kept is number {kept[0]}"
+
+
+def test_evidence_is_bounded(tmp_path: Path) -> None:
+    """The first EVIDENCE_MAX lines stay: they say what came first."""
+    writer = RecordWriter(tmp_path / "r.jsonl", RUN)
+    writer.test(**ENDED, evidence=[str(number) for number in range(EVIDENCE_MAX + 50)])
+    writer.close()
+    (line,) = read(tmp_path / "r.jsonl").tests
+    assert line["evidence"] == [str(number) for number in range(EVIDENCE_MAX)], f"{len(line['evidence'])} lines"
+
+
+# A cell that cannot run.
+
+
+def test_that_a_cell_is_not_run_is_a_record(tmp_path: Path) -> None:
+    """It is whole, private, of the cell by name, and says why; nothing was collected."""
+    about = {"backend": "torch-cuda", "environment": "cuda13", "machine": {"name": "m"}}
+    path = write_not_run(tmp_path / "new" / "results", about, "no NVIDIA driver")
+    assert re.fullmatch(rf"cuda13-torch-cuda-\d{{8}}T\d{{6}}-{os.getpid()}\.jsonl", path.name), path.name
+    assert (mode := stat.S_IMODE(path.stat().st_mode)) == 0o600, f"mode is {mode:o}"
+    record = read(path)
+    assert record.complete and record.ended and (record.criteria, record.tests) == ((), ())
+    began = record.run.pop("began")
+    assert datetime.fromisoformat(began).utcoffset() == timedelta(0), f"it began {began}"
+    expected = {"schema_version": SCHEMA_VERSION, **about, "collected": [], "not_run": "no NVIDIA driver"}
+    assert record.run == expected, f"read back {record.run}"
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        write_not_run(tmp_path / "file", about, "")
+
+
+# Earlier versions.
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "records").glob("*.jsonl")), ids=lambda path: path.name)
+def test_the_records_of_version_1_stay_readable(path: Path) -> None:
+    """Those that are published: whole, with their criteria and series, and without what version 2 added."""
+    record = read(path)
+    assert record.complete and record.run["schema_version"] == 1
+    assert record.criteria and {each["verdict"] for each in record.criteria} == {"pass"}, f"{len(record.criteria)}"
+    assert record.tests == () and record.ended is None
+
+
+def test_a_record_of_version_1_with_lines_of_today_is_read_as_it_is(tmp_path: Path) -> None:
+    """Its version is not raised by reading it."""
+    path = tmp_path / "r.jsonl"
+    lines = _written(path, 1)
+    path.write_bytes(_relinked([lines[0].replace(b'"schema_version":2', b'"schema_version":1'), *lines[1:]]))
+    assert read(path).run["schema_version"] == 1
 
 
 SWEPT = {"scenario": "feed", "target": "host", "points_counted": [12, 12], "faults_fired": 12, "complete": True}
@@ -124,8 +276,7 @@ def test_lines_are_there_before_close(tmp_path: Path) -> None:
         "w.criterion(backend='b', environment='e', test='t', criterion='c', verdict='fail')\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run([sys.executable, "-c", program, str(path)], cwd=root, check=False)
+    done = subprocess.run([sys.executable, "-c", program, str(path)], cwd=ROOT, check=False)
     record = read(path, partial=True)
     assert done.returncode == -signal.SIGKILL, f"the writer ended with {done.returncode}"
     assert (len(record.criteria), record.complete) == (1, False), f"{len(record.criteria)} criteria, {record.complete}"
@@ -163,7 +314,7 @@ def test_there_is_no_field_for_audio_or_transcripts(tmp_path: Path) -> None:
     assert kinds == {inspect.Parameter.KEYWORD_ONLY}, f"parameters of kinds {kinds}"
 
 
-@pytest.mark.parametrize("run", [{"previous": "x"}, {"kind": "x"}, {"schema_version": 2}])
+@pytest.mark.parametrize("run", [{"previous": "x"}, {"kind": "x"}, {"schema_version": 1}])
 def test_reserved_fields_are_refused(tmp_path: Path, run: dict[str, Any]) -> None:
     """The chain's own fields cannot be given by a caller, and no file is left behind."""
     with pytest.raises(ValueError, match=next(iter(run))):
@@ -212,10 +363,13 @@ def test_damage_is_named(tmp_path: Path) -> None:
         "line 3: it is not JSON": b"\n".join([*lines[:2], b"{nonsense", *lines[3:], b""]),
         "line 2: it is not JSON": b"\n".join([lines[0], b'{"value":NaN}', b""]),
         "line 2: it is not a JSON object": b"\n".join([lines[0], b"[]", b""]),
-        "line 5: the end line says .'count': 9., but 4 lines": b"\n".join([*lines[:-1], short, b""]),
-        "line 1: schema_version is 7": _relinked([lines[0].replace(b'"schema_version":1', b'"schema_version":7')]),
+        "line 5: the end line says .'count': 9, .*, but 4 lines": b"\n".join([*lines[:-1], short, b""]),
+        "line 5: altered: the end line says": whole.replace(b'"ended":"2', b'"ended":"1'),
+        "line 1: schema_version is 7: this reader knows 1, 2": _relinked(
+            [lines[0].replace(b'"schema_version":2', b'"schema_version":7')]
+        ),
         "line 1: kind is 'criterion': expected run": _relinked(lines[1:]),
-        "line 2: kind is 'run': expected criterion or sweep or end": _relinked([lines[0], lines[0]]),
+        "line 2: kind is 'run': expected criterion or sweep or test or end": _relinked([lines[0], lines[0]]),
     }
     for message, raw in cases.items():
         path.write_bytes(raw)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,20 @@ from xml.etree import ElementTree
 
 import jsonschema
 import pytest
-from recording import (
+
+import backends
+from qualification.criteria import CRITERIA, GROUPS, SLOW_PROFILES, Criterion
+from qualification.identity import ROOT
+from qualification.records import write_not_run
+from qualification.report import against, gate
+from qualification.report.command import timelines
+from qualification.report.gate import GateError, Thresholds
+from qualification.report.gather import Evidence, gather
+from qualification.report.junit import junit
+from qualification.report.markdown import markdown
+from qualification.report.page import page
+from qualification.report.verdict import CHECKLIST, report
+from tests.unit.recording import (
     CPU,
     CRITERION,
     EVERYTHING,
@@ -30,17 +44,6 @@ from recording import (
     run_line,
     write,
 )
-
-import backends
-from qualification.criteria import CRITERIA, GROUPS, SLOW_PROFILES, Criterion
-from qualification.identity import ROOT
-from qualification.records import write_not_run
-from qualification.report import against, gate
-from qualification.report.gate import GateError, Thresholds
-from qualification.report.gather import Evidence, gather
-from qualification.report.junit import junit
-from qualification.report.markdown import markdown
-from qualification.report.verdict import CHECKLIST, report
 
 SCHEMA = json.loads((ROOT / "qualification" / "report" / "report.schema.json").read_text(encoding="utf-8"))
 #: Nothing of a report's own may be read as an instruction.
@@ -265,6 +268,33 @@ def test_a_verdict_edited_by_hand_stays_red(tmp_path: Path, edit: Callable[[Path
     assert any(why in reason for reason in made["reasons"]), made["reasons"]
 
 
+@pytest.mark.parametrize("seed", range(24))
+def test_whatever_a_record_holds_there_is_a_report(tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    wrong: Any = chance.choice([None, -1, True, 1.5, "x", HOSTILE, [], {}, [[]], {"a": []}])
+    target = chance.randrange(1, 60)
+    changed: list[str] = []
+
+    def edit(fields: dict[str, Any]) -> None:
+        nonlocal target
+        target -= 1
+        if target:
+            return
+        name = chance.choice([name for name in fields if name not in ("kind", "previous")])
+        if fields[name] != wrong:
+            changed.append(f"{fields['kind']}.{name}: {fields[name]!r:.50} -> {wrong!r:.50}")
+            fields[name] = wrong
+
+    series = {"uss_bytes": [[0.0, 1e6], [1.0, 2e6]]}
+    forge(write(tmp_path, change=lambda fields: {**fields, "series": series}), edit)
+    made = made_of(CPU, tmp_path)
+    for each in (json.dumps, junit, markdown):
+        assert each(made)
+    assert page(made, timelines(gather([tmp_path]), made))
+    validator = jsonschema.Draft202012Validator(SCHEMA)
+    assert [error.message for error in validator.iter_errors(json.loads(json.dumps(made)))] == [], changed
+
+
 def test_a_fault_that_never_fired_is_no_pass(tmp_path: Path) -> None:
     def change(fields: dict[str, Any]) -> dict[str, Any]:
         return {**fields, "points_seen": 7} if fields["criterion"] == CRITERION else fields
@@ -399,15 +429,11 @@ def test_the_same_file_in_two_folders_is_one_record(tmp_path: Path) -> None:
     assert (made["verdict"], len(cell(made)["records"])) == ("pass", 1)
 
 
-SHARE = {"test": "test_fault_sweep", "model": "small.onnx", "seed": 5}
-
-
 def test_a_sweep_in_shares_is_whole_once_each_of_them_is_there(tmp_path: Path) -> None:
     rest = [test for test in TESTS if test != "test_fault_sweep"]
     write(tmp_path, tests=rest, number=1)
     for share, machine in ((1, "south"), (2, "west")):
-        sweeps = [{**SHARE, "shard": [share, 2]}]
-        write(tmp_path, machine=machine, tests=["test_fault_sweep"], number=share + 1, sweeps=sweeps)
+        write(tmp_path, machine=machine, tests=["test_fault_sweep"], number=share + 1, shard=[share, 2])
     made = made_of(CPU, tmp_path)
     assert made["verdict"] == "pass", made["reasons"]
     (tmp_path / "cpu-cpu-20261127T100000-3.jsonl").unlink()
@@ -418,9 +444,20 @@ def test_a_sweep_in_shares_is_whole_once_each_of_them_is_there(tmp_path: Path) -
 
 def test_shares_of_a_sweep_alone_prove_no_cell(tmp_path: Path) -> None:
     for share in (1, 2):
-        sweeps, began = [{**SHARE, "shard": [share, 2]}], f"2026-11-27T10:0{share}:00+00:00"
-        write(tmp_path, tests=["test_fault_sweep"], number=share, sweeps=sweeps, began=began)
+        write(tmp_path, tests=["test_fault_sweep"], number=share, shard=[share, 2])
     assert made_of(CPU, tmp_path)["reasons"] == ["cpu in cpu: nothing but shares of the sweep"]
+
+
+def test_one_point_of_a_sweep_is_not_the_sweep(tmp_path: Path) -> None:
+    write(tmp_path, tests=[test for test in TESTS if test != "test_fault_sweep"], number=1)
+    write(tmp_path, tests=["test_fault_sweep"], number=2, point="inference/runtime/transient/20")
+    assert "it tried the point inference/runtime/transient/20 alone" in made_of(CPU, tmp_path)["reasons"][0]
+
+
+def test_a_subject_in_a_file_is_the_same_wherever_that_lies(tmp_path: Path) -> None:
+    for machine, folder in (("north", "/home/one"), ("south", "/srv")):
+        write(tmp_path / machine, machine=machine, subject=f"{folder}/app.py:factory", subject_sha256="a" * 64)
+    assert made_of(CPU, tmp_path)["verdict"] == "pass"
 
 
 # A run that was cut off.
@@ -553,6 +590,8 @@ def test_strings_of_a_subject_are_text_in_every_format(tmp_path: Path) -> None:
 
 
 def test_an_earlier_report_shows_what_became_worse(tmp_path: Path) -> None:
+    fails = failing("test_oom_detection", "ooms_uncounted", 1.0)
+
     def change(fields: dict[str, Any]) -> dict[str, Any]:
         key = (fields["test"], fields["criterion"])
         if key == (TEST, "recovery_time"):
@@ -561,7 +600,7 @@ def test_an_earlier_report_shows_what_became_worse(tmp_path: Path) -> None:
             return {**fields, "value": 9.9}
         if key == ("test_sustained_high_memory_usage", "growth_rate"):
             return {**fields, "series": {"uss_bytes": [[0, 500e6], [1, 700e6]]}}
-        return failing("test_oom_detection", "ooms_uncounted", 1.0)(fields)
+        return fails(fields)
 
     def before(fields: dict[str, Any]) -> dict[str, Any]:
         if fields["criterion"] == "growth_rate":

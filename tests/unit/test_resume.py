@@ -45,8 +45,13 @@ def test_what_was_measured_is_taken_and_the_rest_is_run(cut_off: Path) -> None:
     assert {each["criterion"] for each in taken if each["verdict"] == "fail"} == {"ooms_uncounted"}
     assert all("measured by the run that was cut off" in each["reason"] for each in taken), f"{taken}"
     assert measured and not any("cut off" in each["reason"] for each in measured)
-    newest = max(cut_off.glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
-    assert records.read(newest).complete
+    oldest, newest = sorted(cut_off.glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+    record = records.read(newest)
+    assert record.complete
+    assert [(each["id"], each["outcome"], each["taken_from"]) for each in record.tests] == [
+        (FIRST, "failed", oldest.name),
+        (SECOND, "passed", None),
+    ]
     assert not _kept(cut_off), "what is finished is kept"
 
 
@@ -54,3 +59,16 @@ def test_another_subject_begins_anew(cut_off: Path) -> None:
     run = qualify(cut_off, *ARGUMENTS, "--subject", "tests/meta/broken.py:healthy")
     assert run.status == 0 and "not run again" not in run.output, run.output[-2000:]
     assert not any("cut off" in each["reason"] for each in run.criteria)
+    newest = max(cut_off.glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+    assert [each["taken_from"] for each in records.read(newest).tests] == [None, None]
+
+
+def test_what_was_taken_keeps_the_record_that_measured_it(cut_off: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut off again before anything new was measured: the third run still names the first one's record."""
+    first, broken = next(cut_off.glob("*.jsonl")).name, ("--subject", "tests/meta/broken.py:counts_no_ooms")
+    monkeypatch.setenv(BEFORE, "test_audio_buffer_preservation")
+    assert qualify(cut_off, *ARGUMENTS, *broken).status == 2
+    monkeypatch.delenv(BEFORE)
+    assert qualify(cut_off, *ARGUMENTS, *broken).status == 1
+    newest = max(cut_off.glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+    assert [each["taken_from"] for each in records.read(newest).tests] == [first, None]

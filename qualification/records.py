@@ -298,7 +298,8 @@ def cut_off(folder: Path, run: Mapping[str, Any], collected: Iterable[str]) -> l
     They are of the same cell, machine, suite and subject, and collected nothing else.
     """
     what = ("subject", "subject_sha256", "model_sha256", "audio_sha256", "point", "shard")
-    same = ("backend", "environment", "suite_sha256", *what)
+    same = ("backend", "environment", "device", "suite_sha256", *what)
+    here = run["machine"]["id"]
     tests, found = set(collected), []
     for path in sorted(folder.glob(f"{run['environment']}-{run['backend']}-*.jsonl")):
         try:
@@ -308,7 +309,7 @@ def cut_off(folder: Path, run: Mapping[str, Any], collected: Iterable[str]) -> l
         its = record.run
         ended = {each.get("id") for each in record.tests}
         is_open = not record.complete or not ended.issuperset(its.get("collected", ()))
-        is_ours = all(its.get(name) == run.get(name) for name in same) and its.get("machine") == run["machine"]
+        is_ours = all(its.get(name) == run.get(name) for name in same) and its.get("machine", {}).get("id") == here
         if is_open and is_ours and tests.issuperset(its.get("collected", ())):
             found.append(path.name)
     return found

@@ -47,7 +47,7 @@ def test_what_was_measured_is_taken_and_the_rest_is_run(cut_off: Path) -> None:
     assert measured and not any("cut off" in each["reason"] for each in measured)
     oldest, newest = sorted(cut_off.glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
     record = records.read(newest)
-    assert record.complete
+    assert record.complete and record.run["resumes"] == [oldest.name], f"it goes on with {record.run['resumes']}"
     assert [(each["id"], each["outcome"], each["taken_from"]) for each in record.tests] == [
         (FIRST, "failed", oldest.name),
         (SECOND, "passed", None),
@@ -59,8 +59,8 @@ def test_another_subject_begins_anew(cut_off: Path) -> None:
     run = qualify(cut_off, *ARGUMENTS, "--subject", "tests/meta/broken.py:healthy")
     assert run.status == 0 and "not run again" not in run.output, run.output[-2000:]
     assert not any("cut off" in each["reason"] for each in run.criteria)
-    newest = max(cut_off.glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
-    assert [each["taken_from"] for each in records.read(newest).tests] == [None, None]
+    newest = records.read(max(cut_off.glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns))
+    assert [each["taken_from"] for each in newest.tests] == [None, None] and newest.run["resumes"] == []
 
 
 def test_what_was_taken_keeps_the_record_that_measured_it(cut_off: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,5 +70,7 @@ def test_what_was_taken_keeps_the_record_that_measured_it(cut_off: Path, monkeyp
     assert qualify(cut_off, *ARGUMENTS, *broken).status == 2
     monkeypatch.delenv(BEFORE)
     assert qualify(cut_off, *ARGUMENTS, *broken).status == 1
-    newest = max(cut_off.glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
-    assert [each["taken_from"] for each in records.read(newest).tests] == [first, None]
+    *before, newest = sorted(cut_off.glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+    record = records.read(newest)
+    assert [each["taken_from"] for each in record.tests] == [first, None]
+    assert sorted(record.run["resumes"]) == sorted(path.name for path in before), f"{record.run['resumes']}"

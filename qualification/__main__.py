@@ -78,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="exit status: 0 it passed; 1 it did not; 2 there is none",
     )
     status.add_argument("--history", metavar="FILE", type=Path, default=command.RESULTS / history.FILE)
+    status.add_argument("--kind", choices=("run", "report"), help="of which (default: whichever finished last)")
     status.add_argument("--key", metavar="KEY", default=history.KEY, help="(default: %(default)s)")
 
     words = list(sys.argv[1:] if argv is None else argv)
@@ -162,9 +163,10 @@ def _list(*, as_json: bool) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    found = history.last(options.history, options.key)
+    found = history.last(options.history, options.key, options.kind)
     if found is None:
-        raise history.HistoryError(f"{options.history}: no run has finished under the key {options.key!r}")
+        what = options.kind or "run"
+        raise history.HistoryError(f"{options.history}: no {what} has finished under the key {options.key!r}")
     print(json.dumps(found, indent=1, sort_keys=True))
     return 0 if found["verdict"] == "pass" else 1
 

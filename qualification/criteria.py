@@ -360,6 +360,15 @@ SLOW_PROFILES: Mapping[str, tuple[str, ...]] = {
     "sweep": ("test_fault_sweep", "test_device_fault_sweep"),
 }
 PROFILES = (QUICK, *SLOW_PROFILES)
+#: The capabilities of a backend that a test needs: without one it cannot be run. The same as its marks.
+NEEDS: Mapping[str, tuple[str, ...]] = {
+    "test_cuda_error_recovery": ("device_error",),
+    "test_repeated_cuda_errors": ("device_error",),
+    "test_worker_hang": ("runtime_crash",),
+    "test_poison_chunk": ("runtime_crash",),
+    "test_library_missing_at_first_inference": ("runtime_crash",),
+    "test_device_fault_sweep": ("device_allocation_faults",),
+}
 #: The criteria that say how long a recovery takes, in seconds.
 RECOVERY_TIMES = ("first_answer", "first_answer_median", "first_answer_worst", "recovery_time", "notification_delay")
 

@@ -35,6 +35,10 @@ CREATE INDEX IF NOT EXISTS history_key ON history (key, id);
 CREATE VIEW IF NOT EXISTS status AS
     SELECT key, finished, verdict, summary FROM history WHERE id IN (SELECT max(id) FROM history GROUP BY key);
 """
+_LAST = """
+SELECT summary FROM history WHERE key = :key AND (:kind IS NULL OR json_extract(summary, '$.kind') = :kind)
+ORDER BY id DESC LIMIT 1
+"""
 
 
 class HistoryError(Exception):
@@ -58,13 +62,16 @@ def store(path: Path, key: str, summary: Mapping[str, Any]) -> None:
         raise HistoryError(f"{path}: the status cannot be stored: {error}") from error
 
 
-def last(path: Path, key: str = KEY) -> dict[str, Any] | None:
-    """Give the summary that was stored last under a key, or None. Raises HistoryError."""
+def last(path: Path, key: str = KEY, kind: str | None = None) -> dict[str, Any] | None:
+    """Give the summary that was stored last under a key, of a ``kind`` (run, report) or any, or None.
+
+    Raises HistoryError.
+    """
     try:
         if not path.is_file():
             raise HistoryError(f"{path}: there is no history; a run makes it")
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", timeout=_LOCKED_S, uri=True)) as database:
-            row = database.execute("SELECT summary FROM status WHERE key = ?", (key,)).fetchone()
+            row = database.execute(_LAST, {"key": key, "kind": kind}).fetchone()
         found = None if row is None else dict(json.loads(row[0]))
         if found is not None and "verdict" not in found:
             raise ValueError("its summary has no verdict")

@@ -152,6 +152,7 @@ class RecordWriter:
         events: Sequence[tuple[float, str]] = (),
         device_limit_bytes: int | None = None,
         taken_from: str | None = None,
+        failed_in: str | None = None,
     ) -> None:
         """Write how a test ended. ``events`` are (t_s, kind), in the time of the test's series.
 
@@ -173,6 +174,7 @@ class RecordWriter:
             "events_told": len(events),
             "device_limit_bytes": device_limit_bytes,
             "taken_from": taken_from,
+            "failed_in": failed_in,
         }
         self._write(_line("test", self._previous, fields))
 
@@ -292,26 +294,27 @@ def read(path: Path, *, partial: bool = False) -> Record:
     return Record(run, tuple(criteria), complete, tuple(sweeps), tuple(tests), ended)
 
 
-def cut_off(folder: Path, run: Mapping[str, Any], collected: Iterable[str]) -> list[str]:
-    """Name the records in a folder of runs that were cut off, and that one with this first line and tests goes on with.
+def cut_off(folder: Path, run: Mapping[str, Any], collected: Iterable[str]) -> list[dict[str, str]]:
+    """Give ``file`` and ``sha256`` of the records of runs that were cut off, and that a run goes on with.
 
-    They are of the same cell, machine, suite and subject, and collected nothing else.
+    They are of the same cell, machine, suite, subject and criteria as its first line, and collected nothing else.
     """
-    what = ("subject", "subject_sha256", "model_sha256", "audio_sha256", "point", "shard")
+    what = ("subject", "subject_sha256", "model_sha256", "audio_sha256", "criteria", "point", "shard")
     same = ("backend", "environment", "device", "suite_sha256", *what)
-    here = run["machine"]["id"]
-    tests, found = set(collected), []
+    here, tests = run["machine"]["id"], set(collected)
+    found = []
     for path in sorted(folder.glob(f"{run['environment']}-{run['backend']}-*.jsonl")):
         try:
             record = read(path, partial=True)
-        except RecordError:
+            sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        except (RecordError, OSError):
             continue  # damaged, not cut off
         its = record.run
         ended = {each.get("id") for each in record.tests}
         is_open = not record.complete or not ended.issuperset(its.get("collected", ()))
         is_ours = all(its.get(name) == run.get(name) for name in same) and its.get("machine", {}).get("id") == here
         if is_open and is_ours and tests.issuperset(its.get("collected", ())):
-            found.append(path.name)
+            found.append({"file": path.name, "sha256": sha256})
     return found
 
 

@@ -19,10 +19,10 @@ from backends.contract import Backend, BackendError
 from backends.faults.cuda import ALLOW_DEVICE_FAULTS, DriverError, NoDriver
 from qualification import __version__, gpu, identity
 from qualification.audio import AudioError, load_wav
-from qualification.criteria import Criteria, CriteriaError
+from qualification.criteria import CRITERIA, PROFILES, Criteria, CriteriaError, profile_of
 from qualification.lock import DeviceLock, LockBusy
 from qualification.platform_check import disk_refusal, refusal
-from qualification.records import VERDICTS, RecordError, RecordWriter, cut_off, name_of, now
+from qualification.records import OUTCOMES, VERDICTS, RecordError, RecordWriter, cut_off, name_of, now
 from qualification.subject import Subject, SubjectContext, SubjectError, load_factory
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,6 +70,12 @@ class Run:
     #: Those that failed, as they were written, without their series.
     failed: list[dict[str, Any]] = field(default_factory=list)
     began: str = ""
+    #: Criteria that were not run, though the backend can.
+    left_out: int = 0
+    #: Whether of the sweep only a share or a point is tried.
+    only_part: bool = False
+    #: What it is, where it is none of the profiles: the stress harness.
+    own_profile: str = ""
 
     def header(self) -> list[str]:
         """Say what is being qualified."""
@@ -130,6 +136,7 @@ class Run:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             about = {**self._about(), **more}
+            self.only_part = about.get("point") is not None or about.get("shard", [1, 1])[1] > 1
             about["resumes"] = cut_off(folder, about, self.tests) if resumes else []
             self.records = RecordWriter(path, about)
         except (OSError, RecordError) as error:
@@ -139,6 +146,7 @@ class Run:
     def write(self, **fields: Any) -> None:
         """Write a criterion's verdict to the records."""
         self.verdicts[fields["verdict"]] += 1
+        self.left_out += fields["verdict"] == "not_run" and not fields["capability"]
         if fields["verdict"] == "fail":
             self.failed.append({name: fields[name] for name in _SUMMARISED})
         if self.records is not None:
@@ -161,23 +169,48 @@ class Run:
             self.records.close()
 
     def summary(self, exit_status: int) -> dict[str, Any]:
-        """Say how the run ended, for other tools: what was qualified where, and what became of it."""
-        ended, fewer = self.outcomes, self.outcomes.total() < len(self.tests)
-        failed = bool(exit_status or self.failed or ended["failed"] or fewer)
+        """Say how the run ended, for other tools: what was qualified where, and what became of it.
+
+        It is a pass only where a whole profile was run, and nothing was left out but what the backend cannot.
+        """
+        ended, collected = self.outcomes, len(self.tests)
+        profiles = self._profiles()
+        if exit_status or self.failed or ended["failed"]:
+            verdict, reason = "fail", f"{ended['failed']} tests failed, exit status {exit_status}"
+        elif ended.total() < collected:
+            verdict, reason = "fail", f"{ended.total()} of {collected} tests came to their end"
+        elif not profiles:
+            verdict, reason = "not_run", f"{collected} tests: no whole profile ({', '.join(PROFILES)})"
+        elif self.left_out:
+            verdict, reason = "not_run", f"{self.left_out} criteria were not run"
+        else:
+            verdict, reason = "pass", ""
         return {
             "schema_version": SUMMARY_VERSION,
             "kind": "run",
             "began": self.began,
             "finished": now(),
-            "verdict": "fail" if failed else "pass" if ended["passed"] else "not_run",
+            "verdict": verdict,
+            "reason": reason,
             "exit_status": exit_status,
+            "profiles": profiles,
             **self.identity(),
             "machine": identity.machine(),
             "record": str(self.records.path.resolve()) if self.records else None,
-            "tests": {"collected": len(self.tests), **{each: ended[each] for each in ("passed", "failed", "not_run")}},
+            "tests": {"collected": collected, **{each: ended[each] for each in OUTCOMES}},
             "criteria": {each: self.verdicts[each] for each in VERDICTS},
             "failed": self.failed,
         }
+
+    def _profiles(self) -> list[str]:
+        """Name the profiles of which every test was collected, and whole."""
+        if self.own_profile or self.only_part:
+            return [self.own_profile] if self.own_profile else []
+        there = {each.rpartition("::")[2].partition("[")[0] for each in self.tests}
+        tests: dict[str, set[str]] = {}
+        for each in CRITERIA:
+            tests.setdefault(profile_of(each.test), set()).add(each.test)
+        return [profile for profile in PROFILES if tests[profile] <= there]
 
     def release_lock(self) -> None:
         """Let the next run in."""
@@ -225,6 +258,7 @@ class Run:
             "model_sha256": _digest(self.model),
             "audio_sha256": _digest(self.audio),
             "criteria": {"source": self.criteria.source, "overridden": self.criteria.overridden},
+            "cannot": {each.value: its.reason for each, its in self.backend.capabilities.items() if not its.yes},
             "collected": self.tests,
             "began": self.began,
         }

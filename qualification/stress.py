@@ -150,7 +150,7 @@ def _main(options: argparse.Namespace, words: Sequence[str], ending: Ending) -> 
         audio=options.audio,
         allow_shared_gpu=options.allow_shared_gpu,
     )
-    run.tests = [TEST]
+    run.tests, run.own_profile = [TEST], "stress"
 
     with ExitStack() as stack:
         stack.callback(run.release_lock)

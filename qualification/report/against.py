@@ -33,37 +33,48 @@ def load(path: Path) -> dict[str, Any]:
     return found
 
 
-def compare(old: Mapping[str, Any], new: Mapping[str, Any], thresholds: Thresholds) -> list[dict[str, Any]]:
-    """Give every regression, cell by cell. Raises AgainstError for an earlier report that lacks what is compared.
+def compare(
+    old: Mapping[str, Any], new: Mapping[str, Any], thresholds: Thresholds
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Give every regression, cell by cell, and the cells that could be compared with none.
 
-    A cell is compared with itself on the same machine, or else, where the earlier report has it once, with that.
+    A cell is compared with itself on the same machine, or else, where either report has it once, with that.
+    Raises AgainstError for an earlier report that lacks what is compared.
     """
     found: list[dict[str, Any]] = []
+    without: list[str] = []
+    compared: set[str] = set()
     try:
         for cell in new["cells"]:
-            before = _before(old, cell)
+            before = _before(old, new, cell)
             if before is not None:
+                compared.add(before["id"])
                 found += [{"cell": cell["id"], **each} for each in _compare(before, cell, thresholds)]
-        there = {(cell["backend"], cell["environment"]) for cell in new["cells"]}
+            elif cell["machine"] is not None:
+                without.append(cell["id"])
         for cell in old["cells"]:
-            key = (cell["backend"], cell["environment"])
-            if key not in there and cell["verdict"] == "pass":
-                there.add(key)
-                text = f"{cell['backend']} in {cell['environment']} passed, and is not declared any more"
+            if cell["id"] not in compared and cell["verdict"] == "pass":
+                where = f"{cell['backend']} in {cell['environment']} on {cell['machine']}"
+                text = f"{where} passed, and has no record or is not declared now"
                 found.append({"cell": cell["id"], **_item("no longer proven", "", "", None, None, "", text)})
     except (KeyError, TypeError, AttributeError) as error:
         raise AgainstError(f"the earlier report lacks what is compared: {type(error).__name__}: {error}") from error
-    return found
+    return found, without
 
 
-def _before(old: Mapping[str, Any], cell: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    its = [
-        each
-        for each in old["cells"]
-        if (each["backend"], each["environment"]) == (cell["backend"], cell["environment"])
-    ]
-    same = [each for each in its if each["machine"] == cell["machine"]]
-    return same[0] if same else its[0] if len(its) == 1 else None
+def _before(old: Mapping[str, Any], new: Mapping[str, Any], cell: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    def same(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        key = (cell["backend"], cell["environment"])
+        return [each for each in report["cells"] if (each["backend"], each["environment"]) == key]
+
+    def machine(each: Mapping[str, Any]) -> Any:
+        return each["about"]["machine"]["id"] if each["about"] else None
+
+    its, now = same(old), same(new)
+    here = [each for each in its if machine(each) is not None and machine(each) == machine(cell)]
+    if here:
+        return here[0]
+    return its[0] if len(its) == len(now) == 1 else None
 
 
 def _compare(old: Mapping[str, Any], new: Mapping[str, Any], thresholds: Thresholds) -> Iterator[dict[str, Any]]:
@@ -102,11 +113,13 @@ def _slower(old: Mapping[str, Any], new: Mapping[str, Any], thresholds: Threshol
 
 def _thinner(old: Mapping[str, Any], new: Mapping[str, Any], thresholds: Thresholds) -> Iterator[dict[str, Any]]:
     before, now = old["margin_percent"], new["margin_percent"]
-    # Of what may be unlimited, such as a count of events, more room means nothing.
-    if before is None or now is None or before <= 0 or new["relation"] in (">", ">="):
+    # Of what there may be any number of, such as events, more room means nothing.
+    counted = new["relation"] in (">", ">=") and new["unit"] != "%"
+    if before is None or now is None or before <= 0 or counted:
         return
-    if before - now > thresholds.thinner_percent:
-        text = f"{new['promise']}: {before:.0f} % of the limit were left, {now:.0f} % are"
+    lost = before - now
+    if lost >= thresholds.thinner_points and lost > before * thresholds.thinner_percent / 100:
+        text = f"{new['promise']}: {before:.1f} % of the limit were left, {now:.1f} % are"
         yield _item("thinner margin", new["test"], new["criterion"], old["value"], new["value"], new["unit"], text)
 
 

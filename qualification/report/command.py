@@ -56,15 +56,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--on-finish",
         metavar="ARGV",
         nargs=argparse.REMAINDER,
-        default=[],
         help="comes last: a command and its arguments, which gets the summary as JSON on standard input",
     )
 
 
 def run(options: argparse.Namespace) -> int:
     """Make the report; give the exit status. Raises Refused."""
+    if options.on_finish == []:
+        raise Refused("--on-finish: expected a command and its arguments after it, and nothing else")
     folders = options.folders or [RESULTS]
     out = options.out or folders[0] / "report"
+    file = options.history or folders[0] / history.FILE
     declared = backends.declared()
     try:
         gate = load(options.gate, [(each.name, environment) for each in declared for environment in each.environments])
@@ -78,17 +80,25 @@ def run(options: argparse.Namespace) -> int:
     try:
         notes = write(out, made, timelines(evidence, made))
     except OSError as error:
-        raise Refused(f"--out {out}: the report cannot be written: {error.strerror or error}") from error
-    file = options.history or out.parent / history.FILE
-    notes += history.publish(summary(made, out), file, options.history_key, options.on_finish)
+        reason = f"--out {out}: the report cannot be written: {error.strerror or error}"
+        # It is judged, and nobody can read it: for other tools that is no pass.
+        made |= {"verdict": "fail", "reasons": [reason, *made["reasons"]]}
+        publish(made, out, file, options)
+        raise Refused(reason) from error
+    notes += publish(made, out, file, options)
     say(made, out, notes)
     return EXIT_PASS if made["verdict"] == "pass" else EXIT_RED
 
 
+def publish(made: Mapping[str, Any], out: Path, file: Path, options: argparse.Namespace) -> list[str]:
+    """Store what a report found, and tell of it; give what went wrong."""
+    return history.publish(summary(made, out), file, options.history_key, options.on_finish or ())
+
+
 def compare(made: dict[str, Any], earlier: Mapping[str, Any], name: str, gate: Gate) -> None:
     """Add to a report what became worse since an earlier one. Raises AgainstError."""
-    items = against.compare(earlier, made, gate.regression)
-    made["regressions"] = {"against": name, "items": items}
+    items, not_compared = against.compare(earlier, made, gate.regression)
+    made["regressions"] = {"against": name, "items": items, "not_compared": not_compared}
     if gate.fail_on_regression and items:
         made["verdict"] = "fail"
         made["reasons"].append(f"{len(items)} regressions against {name}, the first: {items[0]['text']}")
@@ -97,16 +107,16 @@ def compare(made: dict[str, Any], earlier: Mapping[str, Any], name: str, gate: G
 def write(out: Path, made: Mapping[str, Any], charts: Sequence[Timeline]) -> list[str]:
     """Write the report's files, each whole or not at all; give what is to be said of them. Raises OSError."""
     out.mkdir(parents=True, exist_ok=True)
-    notes = []
-    put(out / DATA, json.dumps(made, indent=1, allow_nan=False) + "\n")
-    put(out / JUNIT, junit(made))
-    put(out / SUMMARY, markdown(made))
+    notes, texts = [], {DATA: json.dumps(made, indent=1, allow_nan=False) + "\n", JUNIT: junit(made)}
+    texts[SUMMARY] = markdown(made)
     try:
-        put(out / PAGE, page(made, charts))
+        texts[PAGE] = page(made, charts)
     except NoTemplates as error:
-        # One of an earlier report would be taken for this one's.
-        (out / PAGE).unlink(missing_ok=True)
         notes.append(f"no page: {error}")
+    # One of an earlier report would be taken for this one's, should this one be cut off.
+    (out / PAGE).unlink(missing_ok=True)
+    for name, text in texts.items():
+        put(out / name, text)
     return notes
 
 
@@ -132,9 +142,8 @@ def timelines(evidence: Evidence, made: Mapping[str, Any]) -> list[Timeline]:
     sources = {(each.name, each.sha256): each for each in evidence}
     found = []
     for cell in made["cells"]:
-        its = {each["file"]: sources[each["file"], each["sha256"]] for each in cell["records"]}
         for criterion in cell["criteria"]:
-            record = its[criterion["record"]].record
+            record = sources[criterion["record"], criterion["record_sha256"]].record
             if record is None:
                 continue
             key = (criterion["test"], criterion["criterion"])
@@ -186,6 +195,8 @@ def say(made: Mapping[str, Any], out: Path, notes: Sequence[str]) -> None:
     if made["regressions"] is not None:
         items = made["regressions"]["items"]
         print(f"{len(items)} regressions against {_printable(made['regressions']['against'])}")
+        if without := made["regressions"]["not_compared"]:
+            print(_printable(f"  not compared, for want of an earlier one: {', '.join(without)}"))
         for each in items[:_REASONS_SHOWN]:
             print(_printable(f"  {each['what']}: {each['cell']} {each['test']}: {each['text']}"))
     for note in notes:
@@ -197,6 +208,8 @@ def say(made: Mapping[str, Any], out: Path, notes: Sequence[str]) -> None:
     print(f"NOT QUALIFIED, by the gate {made['gate']['source']}:", file=sys.stderr)
     for reason in made["reasons"][:_REASONS_SHOWN]:
         print(_printable(f"  {reason}"), file=sys.stderr)
+    if made["problems"]:
+        print("  (a record that cannot be used: move it away, or repeat the run)", file=sys.stderr)
     if len(made["reasons"]) > _REASONS_SHOWN:
         print(f"  and {len(made['reasons']) - _REASONS_SHOWN} more: see the report", file=sys.stderr)
 

@@ -37,7 +37,7 @@ class GateError(ValueError):
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What counts as a regression: it has to be beyond both the share and the amount, where there are two.
+    """What counts as a regression: it has to be beyond both the share and the amount.
 
     Two runs of the same thing on a shared machine differ by as much as these.
     """
@@ -46,7 +46,9 @@ class Thresholds:
     slower_s: float = 0.5
     higher_percent: float = 20.0
     higher_mb: float = 16.0
+    #: Of the room to a limit that there was, and of the limit.
     thinner_percent: float = 50.0
+    thinner_points: float = 5.0
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -79,11 +80,14 @@ def gather(folders: Iterable[Path]) -> Evidence:
     for folder in folders:
         if not folder.is_dir():
             raise GatherError(f"{folder}: there is no such folder; expected one that a run wrote its records to")
-        try:
-            paths = sorted(folder.rglob("*.jsonl"))
-        except OSError as error:
-            raise GatherError(f"{folder}: it cannot be read: {error}") from error
-        found |= {read(path) for path in paths if not path.name.startswith(_UNFINISHED)}
+
+        def refuse(error: OSError) -> None:
+            # What may not be looked into could hold a failure.
+            raise GatherError(f"{error.filename}: it cannot be read: {error.strerror}") from error
+
+        for where, _, names in os.walk(folder, onerror=refuse):
+            paths = [Path(where) / name for name in names if name.endswith(".jsonl")]
+            found |= {read(path) for path in paths if not path.name.startswith(_UNFINISHED)}
     return Evidence(frozenset(found))
 
 

@@ -65,6 +65,8 @@ def markdown(report: Mapping[str, Any]) -> str:
             "No regression.",
             "",
         ]
+        if without := report["regressions"]["not_compared"]:
+            lines += [f"Not compared, for want of an earlier one: {_text(', '.join(without))}", ""]
     return "\n".join(lines)
 
 

@@ -69,6 +69,7 @@ def page(report: Mapping[str, Any], timelines: Sequence[Timeline]) -> str:
         subjects=_subjects(report["cells"]),
         strays=[_picture(timeline) for timeline in timelines if timeline.cell not in known],
         signs=SIGNS,
+        known=known,
     )
 
 

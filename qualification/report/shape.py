@@ -5,19 +5,24 @@ The chain says that a line is as it was written, and not that it was one of ours
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from qualification.records import KNOWN_VERSIONS, OUTCOMES, VERDICTS, Record
 
 Check = Callable[[Any], bool]
+#: More than anything that is measured, in bytes or otherwise; what is not finite is more.
+_MOST = 1e18
+#: And more than any test takes, in seconds.
+_LONGEST_S = 1e9
 
 
 def wrong_with(record: Record) -> str:
     """Say which field of which line is not what it has to be; "" where all are. Older versions have not all of them."""
     if record.run.get("schema_version") != KNOWN_VERSIONS[-1]:
         return _first(record.run, {name: _RUN[name] for name in ("backend", "environment")}, "the first line")
+    if record.run.get("not_run") and (record.run.get("collected") or record.criteria or record.tests or record.sweeps):
+        return "misshapen: it says that it was not run, and has results"
     return (
         _first(record.run, _RUN, "the first line")
         or _any(record.criteria, _CRITERION, "a criterion's line")
@@ -43,11 +48,11 @@ def _text(value: Any) -> bool:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _MOST
 
 
 def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MOST
 
 
 def _or_none(check: Check) -> Check:
@@ -108,7 +113,8 @@ _RUN: Mapping[str, Check] = {
     "collected": _each(_text),
     # Of a cell that is not run there is no more.
     "not_run": _or_none(_text),
-    "resumes": _or_none(_each(_text)),
+    "resumes": _or_none(_each(_has({"file": _text, "sha256": _text}))),
+    "cannot": _or_none(_by_name(_text)),
     "point": _or_none(_text),
     "shard": _or_none(_share),
     "device": _or_none(_has({"name": _text, "card": _or_none(_has(_CARD))})),
@@ -144,12 +150,13 @@ _TEST: Mapping[str, Check] = {
     "test": _text,
     "id": _text,
     "outcome": _one_of(OUTCOMES),
-    "duration_s": _number,
+    "duration_s": lambda value: _number(value) and 0 <= value <= _LONGEST_S,
     "repeat": _text,
     "evidence": _each(_text),
     "events": _each(_event),
     "device_limit_bytes": _or_none(_number),
     "taken_from": _or_none(_text),
+    "failed_in": _or_none(_text),
 }
 _COUNTS = ("min_bytes", "points_tried", "faults_fired", "absorbed", "runtime_died", "host_stopped", "failed")
 _NAMES = ("scenario", "target", "site", "mode", "model", "sweep", "not_run")

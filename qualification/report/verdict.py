@@ -6,6 +6,7 @@ was found. ``report`` gives plain data, which ``report.schema.json`` describes.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from qualification import identity
 from qualification.criteria import (
     CRITERIA,
     GROUPS,
+    NEEDS,
     QUICK,
     RECOVERY_TIMES,
     SLOW_PROFILES,
@@ -25,15 +27,20 @@ from qualification.criteria import (
     profile_of,
 )
 from qualification.judge import NO_FAULT, fault_text
-from qualification.records import SCHEMA_VERSION as RECORD_VERSION
 from qualification.records import now
 from qualification.report.gate import Gate
-from qualification.report.gather import CUT_OFF, Evidence, Source, copies
-from qualification.subject import DEFAULT_SUBJECT
+from qualification.report.gather import Evidence, Source
+from qualification.report.proof import Expected, wrong_records
+from qualification.report.text import some
 
 SCHEMA_VERSION = 1
 #: Criteria of what is no test of the matrix, such as the stress harness.
 _OTHER_GROUP = "other"
+#: Of a test that failed though each of its criteria held: one that was not kept.
+_IN_ORDER = "ended_in_order"
+#: What all records of a cell have to be made on: together they would prove nothing of either.
+_SOFTWARE = ("runtime", "versions", "pins_sha256", "python")
+_HARDWARE = ("device", "driver")
 _TESTS = tuple(dict.fromkeys(each.test for each in CRITERIA))
 _DECLARED = {(each.test, each.name): each for each in CRITERIA}
 #: The seed's checklist, and the sweep: each item with the tests that show it.
@@ -60,17 +67,15 @@ CHECKLIST: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What a record has to be of: these sources of the suite, and of the subject that ships."""
+class _Why:
+    """Why a cell is red or grey, and which tests that is about (none: all of it)."""
 
-    suite_sha256: str
-    shipped_subject_sha256: str
-    pins: Path = identity.ROOT / "constraints"
+    text: str
+    tests: frozenset[str] = frozenset()
 
-    @classmethod
-    def here(cls) -> Expected:
-        """Take this checkout."""
-        return cls(identity.suite()["suite_sha256"], identity.shipped_subject()["subject_sha256"])
+    def concerns(self, tests: Iterable[str]) -> bool:
+        """Whether it is about any of some tests."""
+        return not self.tests or not self.tests.isdisjoint(tests)
 
 
 @dataclass
@@ -83,8 +88,8 @@ class _Cell:
     required: bool
     sources: list[Source] = field(default_factory=list)
     #: Why it is red, and why it is grey.
-    red: list[str] = field(default_factory=list)
-    grey: list[str] = field(default_factory=list)
+    red: list[_Why] = field(default_factory=list)
+    grey: list[_Why] = field(default_factory=list)
     #: Every line of each criterion, the earliest first, with the source that it is of.
     lines: dict[tuple[str, str], list[tuple[dict[str, Any], Source]]] = field(default_factory=dict)
     tests: dict[str, list[tuple[dict[str, Any], Source]]] = field(default_factory=dict)
@@ -111,7 +116,7 @@ def report(
     """Judge every declared cell by the records, and give the report as plain data."""
     expected = expected or Expected.here()
     pairs = [(backend.name, environment) for backend in declared for environment in backend.environments]
-    wrong = _wrong(evidence, expected, set(pairs))
+    wrong = wrong_records(evidence, expected, set(pairs))
     problems = [{"file": source.name, "reason": reason} for source, reason in wrong.items()]
     found: list[_Cell] = []
     for backend, environment in sorted(
@@ -120,7 +125,7 @@ def report(
         its = [each for each in evidence if (each.backend, each.environment) == (backend, environment)]
         found += _cells(backend, environment, its, wrong, gate)
     _tell_apart(found)
-    cells = [_plain(each, expected) for each in found]
+    cells = [_plain(each, gate, expected) for each in found]
     reasons = _reasons(found, problems, pairs, gate)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -134,112 +139,6 @@ def report(
         "problems": problems,
         "cells": cells,
         "regressions": None,
-    }
-
-
-# Which records prove something.
-
-
-def _wrong(evidence: Evidence, expected: Expected, pairs: set[tuple[str, str]]) -> dict[Source, str]:
-    """Say of each record that proves nothing, why."""
-    wrong = {each: each.problem for each in evidence if each.problem}
-    for source, reason in copies(evidence).items():
-        wrong[source] = f"{reason}; {wrong[source]}" if source in wrong else reason
-    # Of the sound ones of this suite, the last says which subject it is about.
-    sound = [each for each in evidence if each not in wrong and not each.run.get("not_run")]
-    newest = next((each.run for each in reversed(sound) if _version(each, expected) == ""), {})
-    resumed = _resumed(evidence, wrong)
-    for source in evidence:
-        reason = (
-            _version(source, expected)
-            or ("" if (source.backend, source.environment) in pairs else _undeclared(source))
-            or _subject(source, newest)
-            or _too_few(source)
-        )
-        if source in resumed and _version(source, expected) == "":
-            wrong.pop(source, None)  # cut off, and gone on with: the other record has all of it
-        elif reason and source not in wrong:
-            wrong[source] = reason
-    return wrong
-
-
-def _version(source: Source, expected: Expected) -> str:
-    """Say how a record is of another version of the suite, or of the subject that ships."""
-    run = source.run
-    if source.record is None:
-        return ""
-    if run.get("schema_version") != RECORD_VERSION:
-        return f"another version of the suite: its schema is {run.get('schema_version')!r}, and not {RECORD_VERSION}"
-    if run.get("suite_sha256") != expected.suite_sha256:
-        which, here = run.get("suite_commit") or run.get("suite_version"), identity.suite()["suite_commit"]
-        return (
-            f"another version of the suite: {which}, sources {str(run.get('suite_sha256'))[:12]}; "
-            f"this is {here}, {expected.suite_sha256[:12]}"
-        )
-    shipped = run.get("subject") == DEFAULT_SUBJECT and not run.get("not_run")
-    if shipped and run.get("subject_sha256") != expected.shipped_subject_sha256:
-        return (
-            f"another version of the subject: {run.get('subject')} {run.get('subject_version')}, sources "
-            f"{str(run.get('subject_sha256'))[:12]}; here they are {expected.shipped_subject_sha256[:12]}"
-        )
-    return ""
-
-
-def _undeclared(source: Source) -> str:
-    where = f"{source.backend} in {source.environment}" if source.backend else "no cell"
-    return f"it is of {where}, which is not declared"
-
-
-def _subject(source: Source, newest: Mapping[str, Any]) -> str:
-    """Say how a record is about another subject, model or audio than the newest."""
-    run = source.run
-    if not run or run.get("not_run") or not newest:
-        return ""
-    for name in ("subject", "subject_sha256", "model_sha256", "audio_sha256"):
-        # Of a file the name counts, wherever it lies.
-        if Path(str(run.get(name))).name != Path(str(newest.get(name))).name:
-            what = "version of the subject" if name == "subject_sha256" else name.removesuffix("_sha256")
-            its, newer = str(run.get(name))[:80], str(newest.get(name))[:80]
-            return f"another {what} than in the newest record: {its}, and there {newer}"
-    return ""
-
-
-def _too_few(source: Source) -> str:
-    """Say what a record lacks of what it collected."""
-    record = source.record
-    if record is None or source.run.get("not_run"):
-        return ""
-    collected = source.run["collected"]
-    if source.run.get("point"):
-        return f"fewer results than collected: of the sweep it tried the point {source.run['point']} alone"
-    if not collected:
-        return "zero tests: it collected none"
-    ended = {str(each.get("id")) for each in record.tests}
-    missing = [str(each) for each in collected if each not in ended]
-    if missing:
-        return f"fewer results than collected: {len(ended)} of {len(collected)} tests, without {_some(missing)}"
-    measured = {(line.get("test"), line.get("criterion")) for line in record.criteria}
-    names = {str(each.get("test")) for each in record.tests}
-    lacking = [f"{test}/{name}" for test, name in _DECLARED if test in names and (test, name) not in measured]
-    if lacking:
-        return f"fewer results than collected: {_some(lacking)} has no verdict"
-    return ""
-
-
-def _resumed(evidence: Evidence, wrong: Mapping[Source, str]) -> set[Source]:
-    """Give the records that were cut off, as far as they go sound, and that a whole one says it went on with."""
-    taken = {
-        (str(name), each.backend, each.environment, each.machine.get("id"))
-        for each in evidence
-        if each not in wrong and not _too_few(each)
-        for name in each.run.get("resumes") or ()
-    }
-    return {
-        each
-        for each in evidence
-        if each.record is not None
-        and (each not in wrong or each.problem.startswith(CUT_OFF))
-        and (each.name, each.backend, each.environment, each.machine.get("id")) in taken
     }
 
 
@@ -257,18 +156,38 @@ def _cells(
         name = str(source.machine.get("name") or "unknown machine")
         machines.setdefault(key, _Cell(backend, environment, name, required)).sources.append(source)
     shares = _shares(sources, wrong)
+    unlike = _unlike([each for each in sources if _shared(each) and each not in wrong], _SOFTWARE)
     for cell in machines.values():
-        _take_in(cell, wrong)
         sound = [each for each in cell.sources if each not in wrong and not each.run.get("not_run")]
         cell.helps = bool(sound) and all(_shared(each) >= _tests_of(each) for each in sound)
-    for cell in machines.values():
+        _take_in(cell, wrong)
+        for source, difference in {**_unlike(sound, (*_SOFTWARE, *_HARDWARE)), **unlike}.items():
+            if source in cell.sources:
+                cell.red.append(_Why(f"{source.name}: {difference}"))
         _judge(cell, gate, shares)
     if not machines:
         cell = _Cell(backend, environment, None, required)
-        reason = f"no record of {backend} in {environment}"
-        (cell.red if required else cell.grey).append(reason)
+        (cell.red if required else cell.grey).append(_Why(f"no record of {backend} in {environment}"))
         return [cell]
     return [cell for _, cell in sorted(machines.items(), key=lambda item: (str(item[1].machine), item[0]))]
+
+
+def _unlike(sources: Sequence[Source], names: Sequence[str]) -> dict[Source, str]:
+    """Say of each record how it was made on other things than the last: together they would prove nothing of either."""
+    found = {}
+    for each in sources[:-1]:
+        its, last = ({**run, "python": run["machine"]["python"]} for run in (each.run, sources[-1].run))
+        different = [name for name in names if its.get(name) != last.get(name)]
+        if different:
+            name = different[0]
+            what = name.removesuffix("_sha256").replace("_", " ")
+            found[each] = f"{what} is {_brief(its.get(name))}, and in {sources[-1].name} {_brief(last.get(name))}"
+    return found
+
+
+def _brief(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True) if isinstance(value, dict | list) else str(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def _tests_of(source: Source) -> set[str]:
@@ -278,13 +197,34 @@ def _tests_of(source: Source) -> set[str]:
 def _take_in(cell: _Cell, wrong: Mapping[Source, str]) -> None:
     for source in cell.sources:
         if source in wrong:
-            cell.red.append(f"{source.name}: {wrong[source]}")
+            cell.red.append(_Why(f"{source.name}: {wrong[source]}"))
             continue
         assert source.record is not None
         for line in source.record.criteria:
             cell.lines.setdefault((str(line["test"]), str(line["criterion"])), []).append((line, source))
         for line in source.record.tests:
-            cell.tests.setdefault(str(line["test"]), []).append((line, source))
+            test = str(line["test"])
+            cell.tests.setdefault(test, []).append((line, source))
+            its = [each for each in source.record.criteria if each["test"] == test]
+            if line["outcome"] == "failed" and not any(each["verdict"] == "fail" for each in its):
+                cell.lines.setdefault((test, _IN_ORDER), []).append((_out_of_order(line), source))
+
+
+def _out_of_order(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Give the verdict on a test that failed, though each of its criteria held: it has one more, not kept."""
+    names = ("provenance", "value", "limit", "capability")
+    return {
+        "test": line["test"],
+        "criterion": _IN_ORDER,
+        "verdict": "fail",
+        "relation": "",
+        "unit": "",
+        **dict.fromkeys(names),
+        **dict.fromkeys(("points_seen", "faults_fired", "absorbed"), 0),
+        "detail": "",
+        "reason": line.get("failed_in") or "it failed outside its criteria",
+        "series": {},
+    }
 
 
 def _judge(cell: _Cell, gate: Gate, shares: Mapping[str, str]) -> None:
@@ -292,50 +232,43 @@ def _judge(cell: _Cell, gate: Gate, shares: Mapping[str, str]) -> None:
     ran = [each for each in cell.sources if not each.run.get("not_run")]
     if not ran:
         # Nothing was measured, and that was said: grey.
-        cell.grey += dict.fromkeys(f"not run: {each.run.get('not_run')}" for each in cell.sources)
+        cell.grey += dict.fromkeys(_Why(f"not run: {each.run.get('not_run')}") for each in cell.sources)
         return
     set_to = dict.fromkeys((name, value) for source in ran for name, value in _overridden(source).items())
-    cell.red += [
-        f"{name} was set to {value:g}, which the gate does not accept"
-        for name, value in set_to
-        if gate.overridden.get(name) != value
-    ]
+    for name, value in set_to:
+        if gate.overridden.get(name) != value:
+            test = name.partition(".")[0]
+            whose = frozenset({test} & {*_TESTS})  # "every_test" is about all of them
+            cell.red.append(_Why(f"{name} was set to {value:g}, which the gate does not accept", whose))
     for (test, name), lines in cell.lines.items():
+        whose = frozenset({test})
         for line, source in lines:
             if contradiction := _contradiction(line, source):
-                cell.red.append(f"{test}/{name}: {contradiction}")
+                cell.red.append(_Why(f"{test}/{name}: {contradiction}", whose))
         failed = [line for line, _ in lines if line["verdict"] == "fail"]
         if failed:
             again = f", in {len(failed)} of {len(lines)} runs" if len(lines) > 1 else ""
-            cell.red.append(f"{test}/{name} failed{again}: {measured_text(failed[-1])}")
-    for test, ended in cell.tests.items():
-        for line, source in ended:
-            mine = [each for each, whose in _of_test(cell, test) if whose is source]
-            if line.get("outcome") == "failed" and not any(each["verdict"] == "fail" for each in mine):
-                cell.red.append(f"{test} failed outside its criteria: see {source.name.removesuffix('.jsonl')}.log")
-    asked = [test for test in _TESTS if profile_of(test) in gate.profiles]
+            cell.red.append(_Why(f"{test}/{name} failed{again}: {measured_text(failed[-1])}", whose))
     if not cell.helps:
+        asked = [test for test in _TESTS if profile_of(test) in gate.profiles]
         missing = [test for test in asked if test not in cell.tests and shares.get(test) != ""]
         for profile in gate.profiles:
             if its := [test for test in missing if profile_of(test) == profile]:
-                cell.red.append(f"no record of {_some(its)}, of the profile {profile}")
-    cell.red += [reason for test, reason in shares.items() if test in cell.tests and reason]
+                cell.red.append(_Why(f"no record of {some(its)}, of the profile {profile}", frozenset(its)))
+    cell.red += [_Why(reason, frozenset({test})) for test, reason in shares.items() if test in cell.tests and reason]
     for (test, name), lines in cell.lines.items():
         best = _best(lines)
-        known = group_of(test) is not None
-        if known and best["verdict"] == "not_run" and not best.get("capability") and not gate.excuses(test, name):
-            cell.grey.append(f"{test}/{name} not run: {best.get('reason')}")
+        if best["verdict"] != "not_run" or best.get("capability") or group_of(test) is None:
+            continue
+        if not gate.excuses(test, name):
+            cell.grey.append(_Why(f"{test}/{name} not run: {best.get('reason')}", frozenset({test})))
     if not cell.red and not any(_best(lines)["verdict"] == "pass" for lines in cell.lines.values()):
-        cell.grey.append("nothing was measured")
+        cell.grey.append(_Why("nothing was measured"))
 
 
 def _overridden(source: Source) -> dict[str, Any]:
     """Give the limits and parameters that a run had other than the defaults."""
     return dict((source.run.get("criteria") or {}).get("overridden", {}))
-
-
-def _of_test(cell: _Cell, test: str) -> list[tuple[dict[str, Any], Source]]:
-    return [each for (its, _), lines in cell.lines.items() if its == test for each in lines]
 
 
 def _best(lines: Sequence[tuple[dict[str, Any], Source]]) -> dict[str, Any]:
@@ -354,9 +287,15 @@ def _contradiction(line: Mapping[str, Any], source: Source) -> str:
     """Say how a verdict does not follow from what was measured and what is declared."""
     verdict, test, name = line.get("verdict"), str(line.get("test")), str(line.get("criterion"))
     declared = _DECLARED.get((test, name))
-    overridden = _overridden(source)
+    if verdict == "not_run" and line.get("capability") is not None:
+        able = line["capability"] not in (source.run.get("cannot") or {})
+        if able or line["capability"] not in NEEDS.get(test, ()):
+            return f"it is said to be impossible for want of {line['capability']}, which " + (
+                "the backend does not say" if able else "it does not need"
+            )
     if declared is None or verdict != "pass":
         return ""
+    overridden = _overridden(source)
     limit = overridden.get(f"{test}.{name}", declared.limit)
     asked = replace(declared, limit=limit)
     if line.get("limit") != limit or line.get("relation") != declared.relation:
@@ -386,19 +325,32 @@ def _shares(sources: Iterable[Source], wrong: Mapping[Source, str]) -> dict[str,
     for source in sources:
         if source in wrong or source.record is None:
             continue
-        shared = _shared(source)
-        whole |= _tests_of(source) - shared
-        for test in shared:
+        # What was not run, or not kept, is no share.
+        proven = {test for test in _tests_of(source) if _holds(source, test)}
+        whole |= proven - _shared(source)
+        for test in proven & _shared(source):
             share, of = source.run["shard"]
             found.setdefault((test, of), set()).add(share)
-    result: dict[str, str] = {}
+    result = {
+        test: f"{test}: no share of it is proven"
+        for source in sources
+        if source not in wrong
+        for test in _shared(source) - whole
+    }
     for (test, of), there in found.items():
         missing = sorted(set(range(1, of + 1)) - there)
         if test in whole or not missing:
             result[test] = ""
-        else:
-            result.setdefault(test, f"{test}: of {of} shares {', '.join(map(str, missing))} missing")
+        elif result.get(test) != "":
+            result[test] = f"{test}: of {of} shares {', '.join(map(str, missing))} missing"
     return result
+
+
+def _holds(source: Source, test: str) -> bool:
+    """Whether a record proves all of a test that its backend can show."""
+    assert source.record is not None
+    its = [line for line in source.record.criteria if line["test"] == test]
+    return all(line["verdict"] == "pass" or (line["verdict"] == "not_run" and line["capability"]) for line in its)
 
 
 # What is shown.
@@ -415,7 +367,7 @@ def _reasons(
             if cell.verdict == "not_run" and any(each.verdict == "pass" and not each.helps for each in its):
                 continue  # it could not run here, and it did elsewhere
             where = f" on {cell.machine}" if cell.machine else ""
-            whys = cell.red or cell.grey
+            whys = [why.text for why in cell.red or cell.grey]
             more = f" (and {len(whys) - 1} more)" if len(whys) > 1 else ""
             required = " (the gate requires it)" if not cell.red else ""
             reasons.append(f"{cell.backend} in {cell.environment}{where}: {whys[0]}{more}{required}")
@@ -454,7 +406,7 @@ def _item(text: str, tests: Sequence[str], cells: Sequence[_Cell]) -> dict[str, 
     whys = dict.fromkeys(str(row["reason"]) for row in counted if row["verdict"] == verdict and row["reason"])
     tally = Counter(str(row["verdict"]) for row in counted)
     shown = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in tally.items())
-    reason = shown + (f": {_some(list(whys))}" if whys else "")
+    reason = shown + (f": {some(list(whys))}" if whys else "")
     for row in rows:
         del row["required"]
     return {"item": text, "verdict": verdict, "reason": reason, "cells": rows}
@@ -462,28 +414,27 @@ def _item(text: str, tests: Sequence[str], cells: Sequence[_Cell]) -> dict[str, 
 
 def _shown(cell: _Cell, tests: Sequence[str]) -> tuple[str, str]:
     """Say whether a cell shows what some tests are about."""
-    broken = [each for each in cell.red if any(test in each for test in tests)]
-    damaged = [each for each in cell.red if not each.startswith(("test_", "no record"))]
+    broken = [why.text for why in cell.red if why.concerns(tests)]
+    if broken:
+        return "fail", broken[0]
     lines = [_best(its) for (test, _), its in cell.lines.items() if test in tests]
     missing = [test for test in tests if not any(line["test"] == test for line in lines)]
-    if broken or damaged:
-        return "fail", (broken or damaged)[0]
     if not lines:
-        return "not_run", (cell.red or cell.grey or ["not run"])[0]
+        return "not_run", next((why.text for why in cell.grey if why.concerns(tests)), "not run")
     unable = [line for line in lines if line["verdict"] == "not_run" and line.get("capability")]
     if len(unable) == len(lines) and not missing:
         return "cannot", str(unable[0].get("reason"))
     skipped = [line for line in lines if line["verdict"] == "not_run" and not line.get("capability")]
     if skipped or missing:
-        return "not_run", str(skipped[0].get("reason")) if skipped else f"no record of {_some(missing)}"
+        return "not_run", str(skipped[0].get("reason")) if skipped else f"no record of {some(missing)}"
     return "pass", ""
 
 
-def _plain(cell: _Cell, expected: Expected) -> dict[str, Any]:
+def _plain(cell: _Cell, gate: Gate, expected: Expected) -> dict[str, Any]:
     """Give a cell as plain data."""
     criteria = [_criterion(cell, key, *_best_of(lines)) for key, lines in _in_order(cell.lines)]
     tests = [_test(cell, test, *lines[-1]) for test, lines in cell.tests.items()]
-    whys = [*cell.red, *cell.grey]
+    whys = [why.text for why in (*cell.red, *cell.grey)]
     return {
         "id": cell.id,
         "backend": cell.backend,
@@ -493,7 +444,7 @@ def _plain(cell: _Cell, expected: Expected) -> dict[str, Any]:
         "verdict": cell.verdict,
         "reason": "" if not whys else whys[0] + (f" (and {len(whys) - 1} more)" if len(whys) > 1 else ""),
         "reasons": whys,
-        "groups": _groups(criteria),
+        "groups": _groups(cell, criteria, gate),
         "about": _about(cell, expected),
         "records": [_record(each) for each in cell.sources],
         "criteria": criteria,
@@ -540,7 +491,7 @@ def _criterion(cell: _Cell, key: tuple[str, str], line: Mapping[str, Any], sourc
         "group": group_of(test) or _OTHER_GROUP,
         "profile": profile_of(test) if declared else _OTHER_GROUP,
         "criterion": name,
-        "promise": declared.promise if declared else name.replace("_", " "),
+        "promise": _promise(test, name),
         "verdict": line["verdict"],
         "value": value,
         "relation": relation,
@@ -556,7 +507,15 @@ def _criterion(cell: _Cell, key: tuple[str, str], line: Mapping[str, Any], sourc
         "reason": line.get("reason", ""),
         "capability": line.get("capability"),
         "record": source.name,
+        "record_sha256": source.sha256,
     }
+
+
+def _promise(test: str, name: str) -> str:
+    declared = _DECLARED.get((test, name))
+    if name == _IN_ORDER:
+        return "The test comes to its end in order"
+    return declared.promise if declared else name.replace("_", " ")
 
 
 def margin(value: float | None, relation: str, limit: float | None) -> float | None:
@@ -587,12 +546,11 @@ def _failures(cell: _Cell) -> list[dict[str, Any]]:
         if line["verdict"] != "fail":
             continue
         ended: Mapping[str, Any] = next((each for each, its in cell.tests.get(test, ()) if its is source), {})
-        declared = _DECLARED.get((test, name))
         found.append(
             {
                 "criterion_id": _anchor(cell, test, name),
                 "test_anchor": _anchor(cell, test),
-                "promised": declared.promise if declared else name.replace("_", " "),
+                "promised": _promise(test, name),
                 "measured": measured_text(line),
                 "fault": _fault(line),
                 "repeat": ended.get("repeat") or f"python -m pytest {test} --backend {cell.backend}",
@@ -619,18 +577,26 @@ def _fault(line: Mapping[str, Any]) -> str:
     return fault_text(line.get("provenance"), seen, fired, absorbed, str(line.get("detail", "")))
 
 
-def _groups(criteria: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Count the verdicts by group. A group of which nothing is there is not run."""
+def _groups(cell: _Cell, criteria: Sequence[Mapping[str, Any]], gate: Gate) -> dict[str, dict[str, Any]]:
+    """Count the verdicts by group, of all criteria that the gate's profiles have: what has no verdict is not run."""
     found = {}
+    there = {(each["test"], each["criterion"]) for each in criteria}
     others = {_OTHER_GROUP} & {str(each["group"]) for each in criteria}
     for group in (*GROUPS, *others):
+        tests = GROUPS.get(group, ())
         its = [each for each in criteria if each["group"] == group]
+        asked = [each for each in CRITERIA if each.test in tests and profile_of(each.test) in gate.profiles]
         cannot = sum(each["verdict"] == "not_run" and each["capability"] is not None for each in its)
         count = Counter(str(each["verdict"]) for each in its)
-        not_run = count["not_run"] - cannot
-        verdict = (
-            "fail" if count["fail"] else "not_run" if not_run or not its else "pass" if count["pass"] else "cannot"
-        )
+        not_run = count["not_run"] - cannot + sum((each.test, each.name) not in there for each in asked)
+        if cell.helps:
+            not_run = count["not_run"] - cannot
+        if count["fail"] or any(why.tests and why.concerns(tests) for why in cell.red):
+            verdict = "fail"
+        elif not_run or not its:
+            verdict = "not_run"
+        else:
+            verdict = "pass" if count["pass"] else "cannot"
         found[group] = {
             "verdict": verdict,
             "passed": count["pass"],
@@ -710,12 +676,6 @@ def _anchor(cell: _Cell, *names: str) -> str:
 
 def _anchored(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_-]", "-", text)
-
-
-def _some(names: Sequence[str], shown: int = 3) -> str:
-    """Name a few of them, and say how many more there are."""
-    more = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
 
 
 assert set(_TESTS) == {test for tests in GROUPS.values() for test in tests}, "each test belongs to one group"

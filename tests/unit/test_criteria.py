@@ -13,6 +13,7 @@ from backends.contract import FaultRecord, Provenance
 from qualification.criteria import (
     CRITERIA,
     GROUPS,
+    NEEDS,
     PARAMETERS,
     PROFILES,
     RECOVERY_TIMES,
@@ -153,6 +154,18 @@ def test_every_test_is_in_one_group() -> None:
     assert sorted(grouped) == sorted(TESTS), f"in none, or in two: {set(TESTS) ^ set(grouped)}, {len(grouped)} in all"
     assert all(test in GROUPS[group_of(test) or ""] for test in TESTS)
     assert group_of("test_of_nobody") is None
+
+
+def test_what_a_test_needs_is_what_its_marks_say() -> None:
+    needed: dict[str, tuple[str, ...]] = {}
+    for path in sorted((ROOT / "tests").glob("test_*.py")):
+        for group in ast.parse(path.read_text(encoding="utf-8")).body:
+            for test in group.body if isinstance(group, ast.ClassDef) else ():
+                if isinstance(test, ast.FunctionDef):
+                    written = " ".join(map(ast.unparse, [*group.decorator_list, *test.decorator_list]))
+                    if names := re.findall(r"pytest\.mark\.needs\('(\w+)'\)", written):
+                        needed[test.name] = tuple(names)
+    assert needed == NEEDS
 
 
 def test_the_profiles_are_what_the_marks_select() -> None:

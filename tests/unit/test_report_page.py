@@ -91,6 +91,7 @@ def report(*cells: dict[str, Any], verdict: str = "fail") -> dict[str, Any]:
                     "text": "9.5 s, before 2 s",
                 },
             ],
+            "not_compared": [cells[-1]["id"]],
         },
     }
 
@@ -145,6 +146,7 @@ def measured(backend: str, environment: str, fails: Sequence[tuple[str, str]] = 
                 "reason": "a host processor has no device errors" if unable else "",
                 "capability": "device_error" if unable else None,
                 "record": f"{cell_id}.jsonl",
+                "record_sha256": "0" * 64,
             }
         )
     groups = {}
@@ -449,7 +451,7 @@ def test_a_pass_says_what_it_does_not_speak_of() -> None:
     assert "<title>PASS: " in html and 'data-verdict="pass"><span aria-hidden="true">✓</span> PASS' in html
     assert "It does not speak of the 1 of 2 cells that did not pass" in html
     assert 'id="reasons"' not in html and 'id="problems"' not in html and 'id="regressions"' not in html
-    whole["regressions"] = {"against": "the last release", "items": []}
+    whole["regressions"] = {"against": "the last release", "items": [], "not_compared": ["cpu-cpu-west"]}
     assert "There are none." in page(whole, [])
 
 

@@ -1,0 +1,11 @@
+"""How a report says things."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def some(names: Sequence[str], shown: int = 3) -> str:
+    """Name a few of them, and say how many more there are."""
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")

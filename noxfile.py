@@ -329,14 +329,29 @@ for name in ENVIRONMENTS:
         add_cell(each, name)
 
 
+def take_command(session: nox.Session) -> tuple[list[str], list[str]]:
+    """Split the arguments of a session at ``--on-finish``: all that follows it is a command."""
+    words = list(session.posargs)
+    at = next((at for at, word in enumerate(words) if word.split("=")[0] == "--on-finish"), len(words))
+    command = words[at + 1 :]
+    if at < len(words) and (words[at] != "--on-finish" or not command or not command[0]):
+        session.error(
+            f"{words[at]} names no command: expected --on-finish as the last option, and after it the command and its "
+            "arguments as words, such as -- --on-finish ./tell-us now"
+        )
+    return words[:at], command
+
+
 @nox.session(python=False, tags=["memory"])
 def qualify(session: nox.Session) -> None:
     """Qualify for a release: every test in every cell that can run here, then the report and the gate. Takes hours.
 
     After --: --gate FILE.toml, --against OLD/report.json and --out FOLDER go to the report, what else there is to
-    pytest. --results FOLDER of a run that was cut off goes on with it.
+    pytest. --results FOLDER of a run that was cut off goes on with it. --on-finish ARGV... comes last: a command with
+    its arguments, which is told of every run and of the report.
     """
-    rest, for_report, for_both = list(session.posargs), list[str](), list[str]()
+    rest, told = take_command(session)
+    for_report, for_both = list[str](), list[str]()
     for options, words in ((("--gate", "--against", "--out"), for_report), (("--history", "--history-key"), for_both)):
         for option in options:
             value, rest = take_option(rest, option)
@@ -345,19 +360,19 @@ def qualify(session: nox.Session) -> None:
         # Where other tools look for the status, whichever folder the records are in.
         for_both += ["--history", str(RESULTS / "history.sqlite")]
     given, rest = take_option(rest, "--results")
-    told, rest = take_option(rest, "--on-finish")
     # Of its own: a report on what lies in results/ would be one on every run since the last clean-up.
     folder = Path(given or RESULTS / f"qualify-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}").absolute()
     session.log(f"if it is cut off, go on with: nox -s qualify -- --results {shlex.quote(os.path.relpath(folder))}")
     folder.mkdir(parents=True, exist_ok=True)
     found = machine.cells()
     print(machine.table(found), flush=True)
-    hook = ("--on-finish", told) if told else ()
+    # One string for pytest, words for the report, which has it last too.
+    hook = ("--on-finish", shlex.join(told)) if told else ()
     try:
         plan(session, found, "memory-soak", "memory-sweep", words=[*rest, "--results", str(folder), *for_both, *hook])
     finally:
         # After the cells, and also where none can run: then it says so.
-        last = ("--on-finish", *shlex.split(told)) if told else ()
+        last = ("--on-finish", *told) if told else ()
         session.notify("report", [str(folder), *for_report, *for_both, *last])
 
 

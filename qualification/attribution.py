@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from qualification.quoting import quoted
 from qualification.sampling import MEMORY, SERIES, UNREAD, Sample
 
 #: What a process can have open: each name begins with its kind.
@@ -200,7 +201,7 @@ def _short(name: str) -> str:
 
 
 def _said(error: Exception) -> str:
-    return _printable(f"{type(error).__name__}: {error}")
+    return f"{type(error).__name__}: {quoted(_printable(str(error)))}"
 
 
 def _printable(text: str) -> str:

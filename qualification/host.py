@@ -28,6 +28,7 @@ from typing import Any
 
 import psutil
 
+from qualification.quoting import quoted
 from qualification.storage import Disk, StorageUnavailable
 
 EXIT_DONE = 0
@@ -407,9 +408,9 @@ class Hosted:
                 stream.close()
 
     def said(self) -> str:
-        """Give the end of what it wrote, for a message."""
+        """Give the end of what it wrote, quoted, for a message."""
         tail = self._log.read_text(errors="replace")[-600:] if self._log.exists() else ""
-        return f"{self.lines[-4:]} {tail}".strip()
+        return quoted(f"{self.lines[-4:]} {tail}".strip())
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 
 from backends.contract import FaultRecord, Provenance
 from qualification.criteria import Criterion
+from qualification.quoting import unquoted
 
 Write = Callable[..., None]
 #: Of a fault, where there is none.
@@ -102,8 +103,13 @@ class Judge:
         return next(each.limit for each in self.criteria if each.name == name)
 
     def say(self, line: str) -> None:
-        """Add a line of evidence, shown when the test fails."""
+        """Add a line of evidence, shown when the test fails; what it has of a subject's words is to be ``quoted``."""
         self.evidence.append(line)
+
+    @property
+    def recorded(self) -> list[str]:
+        """The evidence as it may be recorded."""
+        return [unquoted(each) for each in self.evidence]
 
     @property
     def failed(self) -> list[Verdict]:
@@ -156,8 +162,8 @@ class Judge:
             "points_seen": fault.points_seen if fault else 0,
             "faults_fired": fault.faults_fired if fault else 0,
             "absorbed": fault.absorbed if fault else 0,
-            "detail": fault.detail if fault else "",
-            "reason": verdict.reason,
+            "detail": unquoted(fault.detail) if fault else "",
+            "reason": unquoted(verdict.reason),
             "capability": self.lacking if verdict.verdict == "not_run" else None,
             "series": series,
         }

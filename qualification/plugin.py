@@ -13,6 +13,7 @@ import math
 import os
 import shlex
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -32,6 +33,7 @@ from qualification.judge import Judge
 from qualification.observe import sampler_of
 from qualification.plot import run_times
 from qualification.progress import Progress
+from qualification.quoting import is_ours, place
 from qualification.records import RecordError
 from qualification.resume import TAKEN, TestByTest
 from qualification.run import (
@@ -59,6 +61,8 @@ _NOT_RUN = "not run"
 _RUN = pytest.StashKey["Run"]()
 _JUDGE = pytest.StashKey[Judge]()
 _SEEN = pytest.StashKey["_Seen"]()
+#: Errors with words of ours, where we raised them; and those that the suite declares itself.
+_OUR_ERRORS = (AssertionError, pytest.fail.Exception, Unsupported)
 _OWN_TESTS = (ROOT / "tests" / "unit", ROOT / "tests" / "meta")
 
 
@@ -307,7 +311,12 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int | pytest.ExitC
     run = config.stash.get(_RUN, None)
     if run is None or run.records is None:
         return
-    run.records.close()
+    try:
+        run.records.close()
+    except RecordError as error:
+        # What has no end counts as damaged, however good it looked.
+        run.notes.append(f"the records have no end: {error}")
+        session.exitstatus = exitstatus = int(exitstatus) or 1
     file = config.getoption("--history") or Path(config.getoption("--results")) / history.FILE
     summary = run.summary(int(exitstatus))
     run.notes += history.publish(summary, file, config.getoption("--history-key"), config.getoption("--on-finish"))
@@ -360,10 +369,9 @@ def _give_verdicts(item: pytest.Item, run: Run, call: pytest.CallInfo[None], rep
         # It failed before its own judge was made.
         judge = item.stash[_JUDGE] = _judge_for(item, run)
     if call.excinfo is not None:
-        text = f"{call.excinfo.typename}: {call.excinfo.value}".split("\n")[0][:300]
         if report.skipped:
             reason = getattr(report, "wasxfail", "") or (
-                report.longrepr[2] if isinstance(report.longrepr, tuple) else text
+                report.longrepr[2] if isinstance(report.longrepr, tuple) else call.excinfo.typename
             )
             for word in ("reason: ", "Skipped: ", "not run: "):
                 reason = str(reason).removeprefix(word)
@@ -373,7 +381,7 @@ def _give_verdicts(item: pytest.Item, run: Run, call: pytest.CallInfo[None], rep
             judge.end("not_run", reason)
             report.user_properties.append((_NOT_RUN, reason))
         else:
-            judge.end("fail", f"the test ended before this was measured: {text}")
+            judge.end("fail", f"the test ended before this was measured: {_why(item, call.excinfo)}")
             # The promise says more than the traceback of the line that compared two numbers.
             rest = (
                 f"AssertionError: {call.excinfo.value}"
@@ -384,6 +392,30 @@ def _give_verdicts(item: pytest.Item, run: Run, call: pytest.CallInfo[None], rep
     elif call.when == "call" and report.failed:
         # A strict expected failure that passed: the backend's "no" is stale.
         report.longrepr = f"{report.longrepr}\nthe backend can do this now: correct its capability statement"
+
+
+def _why(item: pytest.Item, excinfo: pytest.ExceptionInfo[BaseException]) -> str:
+    """Say why a test ended early, as it may be recorded: with our own words, or else what failed, and where.
+
+    Any other message may be a subject's. It is below, in the traceback.
+    """
+    error, text = excinfo.value, str(excinfo.value).split("\n")[0][:300]
+    # An assertion without words of its own shows what it compared.
+    if _has_our_words(error, item.path) and not text.startswith("assert "):
+        return f"{excinfo.typename}: {text}"
+    where = place(error, item.path)
+    return f"{excinfo.typename} at {where}" if where else excinfo.typename
+
+
+def _has_our_words(error: BaseException, test: Path) -> bool:
+    """Whether it is of a kind that quotes no subject, and was raised by us; a subject can raise what it wants."""
+    module = type(error).__module__
+    if not (isinstance(error, _OUR_ERRORS) or module.startswith(("qualification.", "backends.faults."))):
+        return False
+    files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    # pytest.fail raises in pytest, and a timeout strikes wherever the test is.
+    raised_in = [file for file in files if "_pytest" not in Path(file).parts][-1:]
+    return any(is_ours(file, test) or Path(file).name == "pytest_timeout.py" for file in raised_in)
 
 
 class _Seen:
@@ -397,12 +429,17 @@ class _Seen:
         self.sampled_from_s: float | None = None
         self.device_limit_bytes: int | None = None
         self.events: list[tuple[float, str]] = []
+        #: The phase and the type of the first error that is no verdict on a criterion.
+        self.failed_in: str | None = None
 
     def add(self, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
         """Take in one phase of the test: after its call, what its subjects told."""
         self.duration_s += call.duration
         if report.failed:
             self.outcome = "failed"
+            if call.excinfo is None or not call.excinfo.errisinstance(CriterionFailed):
+                what = call.excinfo.typename if call.excinfo else "XPASS(strict)"
+                self.failed_in = self.failed_in or f"{call.when}: {what}"
         elif report.skipped and self.outcome == "passed":
             self.outcome = "not_run"
         if call.when == "call" and self.sampled_from_s is not None:
@@ -423,10 +460,11 @@ def _write_test(item: pytest.Item, run: Run, seen: _Seen) -> None:
             outcome=seen.outcome,
             duration_s=seen.duration_s,
             repeat=repeat,
-            evidence=judge.evidence if judge is not None else (),
+            evidence=judge.recorded if judge is not None else (),
             events=sorted(seen.events),
             device_limit_bytes=seen.device_limit_bytes,
             taken_from=taken,
+            failed_in=seen.failed_in,
         )
     except RecordError as error:
         pytest.exit(f"the records cannot be written: {error}", returncode=1)

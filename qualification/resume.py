@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from qualification.judge import Judge
+from qualification.quoting import unquoted
 from qualification.records import now
 from qualification.survival import Unfinished
 
@@ -72,8 +73,8 @@ class TestByTest:
                     "ended": now(),
                     "record": self._record,
                     "verdicts": judge.written,
-                    "evidence": judge.evidence,
-                    "complaint": judge.complaint,
+                    "evidence": judge.recorded,
+                    "complaint": unquoted(judge.complaint),
                 }
         report = yield
         if call.when == "teardown":
@@ -89,4 +90,7 @@ class TestByTest:
     def pytest_sessionfinish(self) -> None:
         """Forget the tests of this run once each of them came to its end; others may be waiting."""
         if not self._left:
-            self._unfinished.forget(self._selected)
+            try:
+                self._unfinished.forget(self._selected)
+            except OSError as error:
+                self.complaint = f"what was measured could not be forgotten: {error}"

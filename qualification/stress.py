@@ -40,6 +40,7 @@ from qualification.judge import Judge
 from qualification.live import Live, View, known, where
 from qualification.observe import Left, can_rest, counts, left_behind, quiesce, sampler_of
 from qualification.platform_check import MINIMUM_FREE_DISK_BYTES, disk_refusal, gib
+from qualification.quoting import error_text, place, unquoted
 from qualification.records import RecordError
 from qualification.run import DEFAULT_AUDIO, DEFAULT_RESULTS, Refused, Run, prepare
 from qualification.sampling import UNREAD, Sample, Sampler
@@ -184,7 +185,7 @@ def _main(options: argparse.Namespace, words: Sequence[str], ending: Ending) -> 
             id=TEST,
             outcome="failed" if judge.failed else "passed",
             repeat=repeat,
-            evidence=recording.summary(),
+            evidence=unquoted(recording.summary()),
             **recording.told(),
         )
 
@@ -492,7 +493,7 @@ class Recording:
             yield
         except Exception as error:
             # The first is the cause; what fails after it is its consequence.
-            self._crash = self._crash or f"{type(error).__name__}: {str(error)[:300]}"
+            self._crash = self._crash or f"{error_text(error)} at {place(error)}"
 
     # The verdict.
 

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 
 from qualification.host import Hosted
+from qualification.quoting import unquoted
 
 BLOCK_SAMPLES = 1_600
 #: Of audio after each call: about fifteen times as fast as it is spoken.
@@ -188,7 +189,7 @@ class Unfinished:
         beside.unlink(missing_ok=True)
         # As private as the records.
         with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            json.dump({"key": self._key, "rounds": self.rounds}, file)
+            json.dump({"key": self._key, "rounds": unquoted(self.rounds)}, file)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(self._path)

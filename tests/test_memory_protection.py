@@ -45,6 +45,7 @@ from qualification.observe import (
     wait_until,
 )
 from qualification.progress import Progress
+from qualification.quoting import error_text, quoted
 from qualification.sampling import Sample, Sampler
 from qualification.stream import Stream, unanswered, untiled, wrong
 from qualification.subject import METRIC_DEVICE_ERRORS, METRIC_OOMS, Result, Subject
@@ -198,7 +199,7 @@ class TestMemoryStress:
             deadline_s = time.monotonic() + 20
             while subject.device() != home or len(subject.process_ids()) > processes:
                 if time.monotonic() > deadline_s:
-                    judge.say(f"not at rest: {len(subject.process_ids())} processes, on {subject.device()}")
+                    judge.say(f"not at rest: {len(subject.process_ids())} processes, on {quoted(subject.device())}")
                     break
                 time.sleep(0.25)
                 speak()
@@ -690,7 +691,7 @@ class TestEmergencyShutdown:
         try:
             new_subject(backend).close()
         except Exception as error:
-            left.add(f"a lock: the folder cannot be opened again: {type(error).__name__}: {error}")
+            left.add(f"a lock: the folder cannot be opened again: {error_text(error)}")
         judge.say(f"left behind: {sorted(left)}; the process said: {host.said()}")
         at_shutdown = max(host.all("pressure"), default=0.0) if host.last("shutdown") else 0.0
         judge("pressure_at_shutdown", 100 * at_shutdown, fault=record)

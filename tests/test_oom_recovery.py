@@ -31,6 +31,7 @@ from qualification.host import MB, Hosted
 from qualification.judge import Judge
 from qualification.observe import counts, first_recovery, recovered, same_output, strategies, wait_for_event, wait_until
 from qualification.progress import Progress
+from qualification.quoting import quoted
 from qualification.storage import (
     Disk,
     DiskOutside,
@@ -1094,7 +1095,8 @@ def judge_storage(
     told = [kind for host in hosts for kind, _ in host.last("events") or []]
     acknowledged = max((position for host in hosts for position in host.all("accepted")), default=0)
     results = subject.results()
-    judge.say(f"first refusal: {refused[0]['refused'] if refused else 'none'}; unclear: {unclear[:3]}")
+    first = quoted(refused[0]["refused"]) if refused else "none"
+    judge.say(f"first refusal: {first}; unclear: {quoted(unclear[:3])}")
     judge("refusals", len(refused), fault=record)
     judge("refusals_unclear", len(unclear), fault=record)
     judge("notifications", told.count("storage_failed"), fault=record)

@@ -26,6 +26,7 @@ from typing import Any
 
 from backends.contract import FaultRecord, Provenance
 from backends.faults.interposer import Control
+from qualification.quoting import quoted, unquoted
 from qualification.sweep.points import HOST, MODES, TRANSIENT, Point, Sweep
 from qualification.sweep.stage import RECORDING_POINTS, Board, Setting
 
@@ -149,8 +150,8 @@ class Driver:
         return answer
 
     def said(self) -> str:
-        """Give the end of what it wrote, for a message."""
-        return self._log.read_text(errors="replace")[-400:].strip() if self._log.exists() else ""
+        """Give the end of what it wrote, quoted, for a message."""
+        return quoted(self._log.read_text(errors="replace")[-400:].strip() if self._log.exists() else "")
 
     def kill(self) -> None:
         """End it, and what is below it: those end with it, or are of its session."""
@@ -282,7 +283,7 @@ class Ledger:
     def keep(self, outcome: Outcome) -> None:
         """Keep what came of a point. Raises OSError."""
         self.outcomes[outcome.point] = outcome
-        self._write(json.dumps(dataclasses.asdict(outcome)))
+        self._write(json.dumps(unquoted(dataclasses.asdict(outcome))))
 
     def done(self) -> None:
         """Forget it: the next campaign begins anew."""
@@ -306,7 +307,7 @@ class Campaign:
     ledger: Ledger
     folder: Path
     jobs: int = 2
-    #: Which share of the points is tried, of how many: for several machines.
+    #: Which share of the points is tried, of how many: for several machines. A sample is small, and tried whole.
     shard: tuple[int, int] = (1, 1)
     #: Of each sweep, in one of its modes, only so many (None: all).
     sample: int | None = None
@@ -319,6 +320,8 @@ class Campaign:
     resumed: int = 0
 
     def __post_init__(self) -> None:
+        if self.sample is not None:
+            self.shard = (1, 1)
         self._lock = threading.Lock()
         self._errors: list[BaseException] = []
         self._stopping = threading.Event()

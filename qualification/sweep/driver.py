@@ -21,6 +21,8 @@ from backends.contract import FaultRecord
 from backends.faults.limits import declare_expendable
 from backends.process import begin_as_child
 from qualification.observe import recovered, told_since
+from qualification.quoting import error_text, quoted
+from qualification.subject import EVENT_KINDS
 from qualification.sweep.points import BEYOND, HOST, Point, parse
 from qualification.sweep.scenarios import AT_ONCE_S, SCENARIOS, SOON_S, Scenario
 from qualification.sweep.stage import (
@@ -87,7 +89,7 @@ def _try(stage: Stage, scenario: Scenario, point: Point, fires: bool, closely: b
         before = stage.before()
     except Exception as failure:
         # Nothing is armed: what fails was left so by the point before.
-        text = f"the point cannot even begin: {type(failure).__name__}: {failure}"
+        text = f"the point cannot even begin: {error_text(failure)}"
         return _answer(stage, FaultRecord(0, 0, 0, None), problems=[("hosts_lost", text)])
     control.prepare(plan, os.getpid())
     stage.board.arm(1)
@@ -96,7 +98,7 @@ def _try(stage: Stage, scenario: Scenario, point: Point, fires: bool, closely: b
         scenario.act()
     except Exception as failure:
         control.end()
-        error = f"{type(failure).__name__}: {failure}"[:300]
+        error = error_text(failure)
     finally:
         control.end()
         stage.board.arm(0)
@@ -111,7 +113,7 @@ def _try(stage: Stage, scenario: Scenario, point: Point, fires: bool, closely: b
         held = {} if problems else stage.held()
     except Exception as failure:
         # Nothing fails any more, and yet something does.
-        problems = [("hosts_lost", f"after the fault was over: {type(failure).__name__}: {failure}")]
+        problems = [("hosts_lost", f"after the fault was over: {error_text(failure)}")]
     gone = bool(fired_process) and fired_process != os.getpid() and not is_running(fired_process)
     return _answer(
         stage,
@@ -153,7 +155,7 @@ def _judge(
         scenario.lift()
         not_lifted = ""
     except Exception as failure:
-        not_lifted = f"what the scenario began cannot be ended: {type(failure).__name__}: {failure}"
+        not_lifted = f"what the scenario began cannot be ended: {error_text(failure)}"
     if problems := stage.finish():
         return problems
     if not_lifted and not stage.reopened:
@@ -161,7 +163,8 @@ def _judge(
     if stage.subject is subject:
         told[:] = told_since(stage.require(), before.events)
     if not fires and ((error and not scenario.stops) or not scenario.came_about(told)):
-        return [("clean_runs_wrong", f"undisturbed it tells {told}, expected {sorted(scenario.tells)}: {error}")]
+        kinds = [each if each in EVENT_KINDS else quoted(each) for each in told]
+        return [("clean_runs_wrong", f"undisturbed it tells {kinds}, expected {sorted(scenario.tells)}: {error}")]
     if problems := stage.look(before, scenario.single):
         return problems
     in_host = point.sweep.target == HOST

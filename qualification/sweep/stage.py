@@ -24,6 +24,7 @@ from backends.contract import BackendError
 from backends.faults.interposer import Control, uncounted
 from qualification.audio import load_wav
 from qualification.observe import quiesce, recovered, same_output, told_since
+from qualification.quoting import error_text, quoted
 from qualification.stream import Stream, untiled
 from qualification.subject import Result, Subject, SubjectContext, load_factory
 
@@ -272,9 +273,10 @@ class Stage:
                 subject.drain(DRAIN_S)
                 return problems
             except TimeoutError as error:
-                return [*problems, ("livelocks", f"still at work {DRAIN_S:g} s after the fault was over: {error}")]
+                text = f"still at work {DRAIN_S:g} s after the fault was over: {error_text(error)}"
+                return [*problems, ("livelocks", text)]
             except Exception as error:
-                text = f"{type(error).__name__}: {error}"
+                text = error_text(error)
                 if time.monotonic() > deadline_s:
                     break
                 # It was closed, or it shut itself down: what it had accepted is there for the next.
@@ -310,7 +312,7 @@ class Stage:
             if subject is not None:
                 subject.close()
         except Exception as error:
-            problems = [("hosts_lost", f"it does not close: {type(error).__name__}: {error}")]
+            problems = [("hosts_lost", f"it does not close: {error_text(error)}")]
         self.open()
         samples = recovered(self.require())
         if samples is None:
@@ -375,7 +377,7 @@ class Stage:
             # Of a fallback that was in use before, the user was told then.
             moved = each.degraded or each.device != self.device
             if moved and before.device == self.device and "cpu_fallback" not in told:
-                problems.append(("untold", f"{span} was answered on {each.device}: nobody was told"))
+                problems.append(("untold", f"{span} was answered on {quoted(each.device)}: nobody was told"))
         attempts = self._attempts(subject) - before.attempts
         if len(told) > MOST_EVENTS or attempts > MOST_ATTEMPTS:
             problems.append(("livelocks", f"{len(told)} events and {attempts:g} attempts for one fault"))

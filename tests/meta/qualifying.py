@@ -40,8 +40,11 @@ class Outcome:
         return {each["criterion"] for each in failed if not each["reason"]}
 
 
-def qualify(results: Path, *arguments: str, timeout_s: float = 200, machine: str = "") -> Outcome:
-    """Run pytest with these arguments from the repository's root, on what calls itself ``machine``."""
+def qualify(results: Path, *arguments: str, timeout_s: float = 200, machine: str = "", ended: bool = True) -> Outcome:
+    """Run pytest with these arguments from the repository's root, on what calls itself ``machine``.
+
+    Its record has to have its end, unless ``ended`` is False.
+    """
     command = [*PYTEST, "--results", str(results)]
     # Another qualification may run on this machine: queue behind it.
     command += ["--lock-wait", "600", *arguments]
@@ -50,5 +53,5 @@ def qualify(results: Path, *arguments: str, timeout_s: float = 200, machine: str
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s + 600, check=False
     )
     written = sorted(results.glob("*.jsonl"), key=lambda path: path.stat().st_mtime_ns)
-    criteria = records.read(written[-1]).criteria if written else ()
+    criteria = records.read(written[-1], partial=not ended).criteria if written else ()
     return Outcome(done.returncode, done.stdout + done.stderr, criteria)

@@ -148,7 +148,7 @@ def test_a_healthy_subject_passes_every_one_of_these_tests(tmp_path: Path, short
 def test_every_fault_has_its_provenance_in_the_records(tmp_path: Path, short: Path) -> None:
     run = qualify(tmp_path / "results", FALLBACK, DETECTION, KILL, "--criteria", str(short))
     modes = {path.suffix: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "results").iterdir()}
-    assert modes == {".jsonl": "0o600", ".log": "0o600"}
+    assert modes == {".jsonl": "0o600", ".log": "0o600", ".sqlite": "0o600"}
     faulty = [each for each in run.criteria if each["points_seen"]]
     unnamed = [each["criterion"] for each in faulty if each["provenance"] not in ("capped", "killed")]
     assert faulty, "no criterion of an OOM test has a fault in the records"

@@ -70,39 +70,57 @@ def test_one_report_of_two_machines_is_a_page_without_an_error(folders: list[Pat
     assert [each["criterion"] for each in failed] == ["ooms_uncounted"] * 2
 
 
-def delete(path: Path) -> None:
-    path.unlink()
+def of(made: dict[str, Any], machine: str) -> dict[str, Any]:
+    """Give the one cell that a machine has run."""
+    (found,) = (each for each in made["cells"] if each["machine"] == machine)
+    return dict(found)
 
 
-def truncate(path: Path) -> None:
+def truncate(path: Path) -> str:
     path.write_bytes(path.read_bytes()[:-300])
+    return f"{path.name}: truncated"
 
 
-def copy_from_another_cell(path: Path) -> None:
-    path.rename(path.with_name(path.name.replace("cpu-cpu", "cpu-torch-cpu")))
+def copy_to_another_cell(path: Path) -> str:
+    copy = path.with_name(path.name.replace("cpu-cpu", "cpu-torch-cpu"))
+    shutil.copy(path, copy)
+    return (
+        f"{copy.name}: it is the same run as {path.name}, with the same content: it was copied; "
+        "its name is of torch-cpu in cpu, and its first line of cpu in cpu"
+    )
 
 
-def edit_a_verdict(path: Path) -> None:
-    text = path.read_text()
-    assert text.count('"verdict":"fail"') == 1
-    path.write_text(text.replace('"verdict":"fail"', '"verdict":"pass"'))
+def edit_a_verdict(path: Path) -> str:
+    lines = path.read_text().splitlines(keepends=True)
+    (at,) = (at for at, line in enumerate(lines) if '"verdict":"fail"' in line)
+    lines[at] = lines[at].replace('"verdict":"fail"', '"verdict":"pass"')
+    path.write_text("".join(lines))
+    return f"{path.name}: line {at + 1}: altered"
 
 
-@pytest.mark.parametrize(
-    ("spoil", "why"),
-    [
-        (delete, "no record of cpu in cpu"),
-        (truncate, "truncated"),
-        (copy_from_another_cell, "its name is of torch-cpu in cpu, and its first line of cpu in cpu"),
-        (edit_a_verdict, "altered"),
-    ],
-)
-def test_a_record_that_is_spoilt_is_what_the_report_says(
-    folders: list[Path], tmp_path: Path, spoil: Callable[[Path], None], why: str
+@pytest.mark.parametrize("spoil", [truncate, copy_to_another_cell, edit_a_verdict])
+def test_a_record_that_is_spoilt_is_named_and_the_other_machine_is_as_before(
+    folders: list[Path], tmp_path: Path, spoil: Callable[[Path], str]
 ) -> None:
-    for folder in folders:
-        (path,) = folder.glob("*.jsonl")
-        spoil(path)
-    status, made, _ = make(tmp_path / "out", *folders)
+    _, before, _ = make(tmp_path / "before", *folders)
+    (path,) = (tmp_path / "south").glob("*.jsonl")
+    why = f"cpu in cpu on south: {spoil(path)}"
+    status, made, said = make(tmp_path / "out", *folders)
     assert (status, made["verdict"]) == (1, "fail")
+    assert not any(why in reason for reason in before["reasons"])
     assert any(why in reason for reason in made["reasons"]), made["reasons"]
+    assert why in said
+    assert of(made, "north") == of(before, "north") and of(made, "south") != of(before, "south")
+
+
+def test_a_record_that_is_deleted_leaves_a_declared_cell_without_one(folders: list[Path], tmp_path: Path) -> None:
+    why, north, south = "no record of cpu in cpu", *folders
+    _, both, _ = make(tmp_path / "both", north, south)
+    _, before, _ = make(tmp_path / "before", south)
+    (path,) = south.glob("*.jsonl")
+    path.unlink()
+    status, made, _ = make(tmp_path / "out", south)
+    assert status == 1 and any(why in reason for reason in made["reasons"]), made["reasons"]
+    assert not any(why in reason for reason in before["reasons"])
+    _, left, _ = make(tmp_path / "left", north, south)
+    assert of(left, "north") == of(both, "north") and not [each for each in left["cells"] if each["machine"] == "south"]

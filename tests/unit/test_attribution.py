@@ -76,7 +76,7 @@ def test_work_that_fails_is_said_and_hides_nothing() -> None:
         raise OSError("no microphone")
 
     line, *further = attribute({"recording": fail}, take, NOTHING)
-    assert line == "what grew could not be looked into: turn 1 failed: OSError: no microphone"
+    assert line == "what grew could not be looked into: turn 1 failed: OSError: «no microphone»"
     assert further[0] == "look further:" and not tracemalloc.is_tracing()
 
 
@@ -93,7 +93,7 @@ def test_what_was_learned_before_the_work_failed_is_said() -> None:
 
     said = "\n".join(attribute({"losing": lose, "failing": fail}, take, NOTHING))
     # The first of the four was the warm-up.
-    assert "in 2 more turns:" in said and re.search(r"turn 3 failed, .*: OSError: no microphone", said), said
+    assert "in 2 more turns:" in said and re.search(r"turn 3 failed, .*: OSError: «no microphone»", said), said
     assert re.search(r"losing: .*\+3\d\d\.\d kB heap in use", said), said
 
 

@@ -200,8 +200,10 @@ def test_an_output_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
 
 # The workflow.
 
-QUICK = 'nox -s "memory-quick-$ENVIRONMENT" -- --backend "$BACKEND"'
-WHOLE = 'nox -s "memory-sweep-$ENVIRONMENT" "memory-soak-$ENVIRONMENT" -- --backend "$BACKEND"'
+QUICK = 'nox -s "memory-quick-$ENVIRONMENT" -- --backend "$BACKEND" $OPTIONS'
+WHOLE = 'nox -s "memory-sweep-$ENVIRONMENT" "memory-soak-$ENVIRONMENT" -- --backend "$BACKEND" $OPTIONS'
+#: Repository variables.
+VARIABLES = ("PLIMSOLL_GPU", "PLIMSOLL_GPU_LABELS", "PLIMSOLL_CPU_LABELS", "PLIMSOLL_OPTIONS")
 
 
 def value(expression: str, event: str, **variables: str) -> Any:
@@ -209,9 +211,16 @@ def value(expression: str, event: str, **variables: str) -> Any:
     text = expression.replace("&&", "and").replace("||", "or")
     names = {
         "github": SimpleNamespace(event_name=event),
-        "vars": SimpleNamespace(**{"PLIMSOLL_GPU": "", "PLIMSOLL_GPU_LABELS": "", **variables}),
+        "vars": SimpleNamespace(**{**dict.fromkeys(VARIABLES, ""), **variables}),
     }
     return eval(text, {"__builtins__": {}, **names})
+
+
+def expression(name: str) -> str:
+    """Give the expression that an environment variable of the workflow is set to."""
+    found = re.findall(rf"(?m)^ +{name}: \$\{{\{{ (.+) \}}\}}$", WORKFLOW)
+    assert len(found) == 1, f"{name}: {found}"
+    return str(found[0])
 
 
 @pytest.mark.parametrize(
@@ -228,8 +237,7 @@ def value(expression: str, event: str, **variables: str) -> Any:
 def test_a_trigger_runs_this(event: str, variables: dict[str, str], only: str, command: str, gate: str) -> None:
     triggers = re.search(r"(?ms)^on:\n(.*?)^\S", WORKFLOW)
     assert triggers and f"  {event}:\n" in triggers[1]
-    expression = re.search(r"(?m)^ +ONLY: \$\{\{ (.+) \}\}$", WORKFLOW)
-    assert expression and value(expression[1], event, **variables) == only
+    assert value(expression("ONLY"), event, **variables) == only
     steps = re.findall(r"(?m)^        if: (github.+)\n        run: (.+)$", WORKFLOW)
     run = [what for condition, what in steps if value(condition, event, **variables)]
     assert run == [command, f"nox -s report -- merged --gate gates/{gate}.toml"]
@@ -240,10 +248,39 @@ def test_the_gates_of_the_workflow_are_there() -> None:
     assert len(set(named)) == 3 and not [name for name in named if not (ROOT / name).is_file()]
 
 
+def test_every_repository_variable_is_described() -> None:
+    assert set(re.findall(r"vars\.(\w+)", WORKFLOW)) == set(VARIABLES)
+    described = re.findall(r"(?m)^- `(PLIMSOLL_\w+)`: ", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert sorted(described) == sorted(VARIABLES)
+
+
 def test_the_runners_of_the_workflow_are_the_defaults_unless_a_variable_names_others() -> None:
-    expression = re.search(r"(?m)^ +GPU_LABELS: \$\{\{ (.+) \}\}$", WORKFLOW)
-    assert expression and value(expression[1], "release") == LABELS[GPU]
-    assert value(expression[1], "release", PLIMSOLL_GPU_LABELS="own") == "own"
+    for kind in LABELS:
+        name = f"{kind.upper()}_LABELS"
+        assert value(expression(name), "release") == LABELS[kind]
+        assert value(expression(name), "release", **{f"PLIMSOLL_{name}": "own"}) == "own"
+
+
+def test_a_pull_request_never_gets_to_a_runner_of_ones_own() -> None:
+    assert value(expression("ONLY"), "pull_request", PLIMSOLL_GPU="true") == CPU
+    assert value(expression("CPU_LABELS"), "pull_request", PLIMSOLL_CPU_LABELS="own") == LABELS[CPU]
+
+
+@pytest.mark.parametrize("options", ["", "--allow-device-faults --lock-wait 60"])
+def test_the_options_of_the_workflow_are_words_of_the_command(options: str) -> None:
+    # As GitHub runs it, with an echo in the place of nox.
+    for command in (QUICK, WHOLE):
+        given = value(expression("OPTIONS"), "release", PLIMSOLL_OPTIONS=options)
+        env = {"BACKEND": "cpu", "ENVIRONMENT": "cpu", "OPTIONS": given}
+        script = f"printf '%s\\n' {command.removeprefix('nox ')}"
+        done = subprocess.run(["bash", "-e", "-c", script], env=env, capture_output=True, text=True, check=True)
+        words = done.stdout.splitlines()
+        assert words[words.index("--") + 1 :] == ["--backend", "cpu", *options.split()]
+
+
+def test_the_folder_of_the_report_is_there_where_no_cell_kept_a_record() -> None:
+    runs = re.findall(r"(?m)^        run: (.+)$", WORKFLOW.split("\n  report:\n")[1])
+    assert runs.index("mkdir -p merged") < runs.index("nox -s report -- merged --gate gates/quick.toml")
 
 
 def test_the_workflow_asks_of_the_matrix_what_a_job_has(printed: list[dict[str, Any]]) -> None:

@@ -160,7 +160,9 @@ def test_what_a_test_needs_is_what_its_marks_say() -> None:
     needed: dict[str, tuple[str, ...]] = {}
     for path in sorted((ROOT / "tests").glob("test_*.py")):
         for group in ast.parse(path.read_text(encoding="utf-8")).body:
-            for test in group.body if isinstance(group, ast.ClassDef) else ():
+            if not isinstance(group, ast.ClassDef):
+                continue
+            for test in group.body:
                 if isinstance(test, ast.FunctionDef):
                     written = " ".join(map(ast.unparse, [*group.decorator_list, *test.decorator_list]))
                     if names := re.findall(r"pytest\.mark\.needs\('(\w+)'\)", written):

@@ -249,18 +249,29 @@ def test_a_release_runs_everything_then_reports_and_is_red_where_nothing_was_pro
     done = nox(
         *(ROOT, "--no-venv", "-s", "qualify", "--", "--backend", "cpu", "--collect-only", "-q"),
         *("--results", str(results), "--gate", "gates/quick.toml", "--history", str(tmp_path / "history.sqlite")),
-        *("--on-finish", f"tee {hook}"),
+        # What follows is the command's, whatever it looks like.
+        *("--on-finish", "tee", "--append", str(hook)),
     )
     assert done.returncode == 1
     commands = re.findall(r"> python -m (pytest .*|qualification .*)", done.stderr)
     assert [each.split()[0] for each in commands] == ["pytest", "pytest", "qualification"], done.stderr
     assert "not (sweep and slow)" in commands[0] and "--resume" in commands[0]
     assert "'sweep and slow'" in commands[1] and "--resume" in commands[1]
+    assert all(f"--on-finish 'tee --append {hook}'" in each for each in commands[:2]), commands
+    assert commands[2].endswith(f" --on-finish tee --append {hook}"), commands
     made = json.loads((results / "report" / "report.json").read_text(encoding="utf-8"))
     assert made["verdict"] == "fail" and made["gate"]["source"] == "gates/quick.toml"
     assert "no record of cpu in cpu" in made["reasons"][0]
     assert json.loads(hook.read_text(encoding="utf-8"))["kind"] == "report"
     assert history.last(tmp_path / "history.sqlite") == json.loads(hook.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("words", [["--on-finish"], ["--on-finish", ""], ["--on-finish=tee"]], ids=repr)
+def test_a_release_that_has_no_command_to_tell_is_refused_at_once(tmp_path: Path, words: list[str]) -> None:
+    results = tmp_path / "results"
+    done = nox(ROOT, "--no-venv", "-s", "qualify", "--", "--results", str(results), *words)
+    assert done.returncode == 1 and not results.exists()
+    assert f"{words[0]} names no command: expected --on-finish as the last option" in done.stderr, done.stderr
 
 
 def test_a_release_on_a_machine_that_can_run_nothing_has_a_report_that_says_so(checkout: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -201,7 +202,15 @@ def test_one_that_fails_only_when_it_is_torn_down_failed(record: records.Record)
 def test_what_a_test_did_not_come_to_is_a_failure_with_its_reason(record: records.Record) -> None:
     lines = {each["criterion"]: each for each in record.criteria if each["test"] == "test_oom_during_recovery"}
     assert lines["samples_lost"]["verdict"] == "pass"
-    assert lines["attempts"]["verdict"] == "fail" and "ValueError: it went wrong" in lines["attempts"]["reason"]
+    assert lines["attempts"]["verdict"] == "fail"
+    line = ENDINGS[: ENDINGS.index("raise ValueError")].count("\n") + 1
+    expected = f"the test ended before this was measured: ValueError at test_endings.py:{line}"
+    assert lines["attempts"]["reason"] == expected, "not what failed, and where"
+
+
+def test_a_failure_outside_the_criteria_says_in_which_phase(record: records.Record) -> None:
+    found = {each["test"]: each["failed_in"] for each in record.tests if each["failed_in"]}
+    assert found == {"test_oom_detection": "teardown: OSError", "test_oom_during_recovery": "call: ValueError"}
 
 
 def test_what_the_backend_cannot_is_told_apart_from_what_was_skipped(record: records.Record) -> None:
@@ -240,3 +249,44 @@ def test_the_summary_counts_them(ended: Path, record: records.Record) -> None:
     assert summary["criteria"] == {each: verdicts.count(each) for each in ("pass", "fail", "not_run")}
     failed = [(each["test"], each["criterion"]) for each in record.criteria if each["verdict"] == "fail"]
     assert [(each["test"], each["criterion"]) for each in summary["failed"]] == failed
+
+
+# A disk that is full when the run ends.
+
+#: The record's last line meets a device that is always full. All before it is on the disk.
+FULL = """
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish():
+    for link in Path("/proc/self/fd").iterdir():
+        if os.path.realpath(link).endswith(".jsonl"):
+            os.dup2(os.open("/dev/full", os.O_WRONLY), int(link.name))
+"""
+GOOD = """
+import pytest
+
+
+def test_recovery_success_rate(judge):
+    pytest.skip("not run: no time for that")
+"""
+
+
+def test_a_record_that_cannot_be_ended_fails_the_run_which_is_published_as_that(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text(FULL)
+    path, told = tmp_path / "test_good.py", tmp_path / "told.json"
+    path.write_text(GOOD)
+    options = ("-c", "pytest_memory.ini", "--backend", "cpu", "--on-finish", f"tee {told}")
+    run = qualify(tmp_path / "results", str(path), *options, ended=False)
+    assert run.status == 1 and "Traceback" not in run.output, f"status {run.status}: {run.output[-2000:]}"
+    (written,) = (tmp_path / "results").glob("*.jsonl")
+    note = f"the records have no end: {written}: line "
+    assert note in run.output and "cannot be written: No space left on device" in run.output, run.output[-2000:]
+    assert not records.read(written, partial=True).complete
+    summary = history.last(tmp_path / "results" / history.FILE)
+    assert summary is not None and (summary["verdict"], summary["exit_status"]) == ("fail", 1), f"{summary}"
+    assert json.loads(told.read_text()) == summary, "the hook was told something else"

@@ -782,7 +782,8 @@ def test_a_margin_is_thinner_by_its_own_measure(
             return {**fields, "value": value} if (fields["test"], fields["criterion"]) == (test, name) else fields
 
         write(tmp_path / folder, tests=[test], change=change)
-    found, _ = against.compare(*(made_of(CPU, tmp_path / folder) for folder in ("old", "new")), Thresholds())
+    old, new = made_of(CPU, tmp_path / "old"), made_of(CPU, tmp_path / "new")
+    found, _ = against.compare(old, new, Thresholds())
     assert [each["what"] for each in found] == (["thinner margin"] if is_thinner else [])
 
 

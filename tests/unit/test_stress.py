@@ -268,7 +268,16 @@ def test_a_planted_defect_fails_its_criterion(
     (workdir,) = temporary.glob("plimsoll-*")
     assert f"the subject's files are kept: {workdir}" in done.output
     assert (workdir / "mine").exists()
-    assert ("RuntimeError: the microphone is on fire" in done.output) == (name == "Crashing")
+    assert ("RuntimeError: «the microphone is on fire»" in done.output) == (name == "Crashing")
+
+
+def test_what_a_subject_said_as_it_failed_is_shown_and_in_no_record(run: Any, planted: Any, tmp_path: Path) -> None:
+    done = run("--duration", "0.0004", *planted("Crashing"))
+    assert "RuntimeError: «the microphone is on fire» at qualification/stress.py:" in done.output, done.output
+    kept = [path for path in (tmp_path / "results").iterdir() if b"on fire" in path.read_bytes()]
+    assert not kept, f"what it said is in {kept}"
+    (line,) = done.record.tests
+    assert any("crash      RuntimeError: «…» at qualification/stress.py:" in each for each in line["evidence"])
 
 
 def test_a_planted_leak_is_found(run: Any, planted: Any) -> None:
@@ -280,7 +289,7 @@ def test_a_planted_leak_is_found(run: Any, planted: Any) -> None:
 def test_what_leaked_until_the_subject_failed_is_judged(run: Any, planted: Any) -> None:
     """After 10 s of speech: that memory ran out is what the leak did."""
     done = run("--duration", "0.01", *planted("LeakingUntilItFails"), command=DENSE)
-    assert done.status == stress.EXIT_FAILED and "MemoryError: nothing is left" in done.output, done.output
+    assert done.status == stress.EXIT_FAILED and "MemoryError: «nothing is left»" in done.output, done.output
     assert {"crashes", "leak_detected"} <= done.failed(), done.output
 
 

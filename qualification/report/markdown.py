@@ -20,7 +20,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         f"# {MARKS[report['verdict']]}: {said}",
         "",
         f"Plimsoll {_text(suite['suite_version'])} ({_text(suite['suite_commit'] or 'no commit')}), "
-        f"gate {_text(report['gate']['source'])}, {_text(report['made'])}",
+        f"gate {_text(report['gate']['source'])} ({', '.join(report['gate']['profiles'])}), {_text(report['made'])}",
         "",
         *_list(report["reasons"]),
         "## Matrix",

@@ -166,7 +166,8 @@ def _linked(reason: str, cells: Sequence[Mapping[str, Any]]) -> tuple[str, str, 
 
 def _subjects(cells: Sequence[Mapping[str, Any]]) -> list[tuple[str, str | None, str | None]]:
     """Give what was qualified as (name, version, SHA-256): a release has one."""
-    there = [cell["about"] for cell in cells if cell["about"] is not None]
+    # A cell that was not run has none.
+    there = [cell["about"] for cell in cells if cell["about"] is not None and cell["about"]["subject"]]
     return list(dict.fromkeys((about["subject"], about["subject_version"], about["subject_sha256"]) for about in there))
 
 

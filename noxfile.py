@@ -362,7 +362,9 @@ def qualify(session: nox.Session) -> None:
     given, rest = take_option(rest, "--results")
     # Of its own: a report on what lies in results/ would be one on every run since the last clean-up.
     folder = Path(given or RESULTS / f"qualify-{time.strftime('%Y%m%dT%H%M%S', time.gmtime())}").absolute()
-    session.log(f"if it is cut off, go on with: nox -s qualify -- --results {shlex.quote(os.path.relpath(folder))}")
+    _, same = take_option(session.posargs, "--results")
+    again = ["nox", "-s", "qualify", "--", "--results", os.path.relpath(folder), *same]
+    session.log(f"if it is cut off, go on with: {shlex.join(again)}")
     folder.mkdir(parents=True, exist_ok=True)
     found = machine.cells()
     print(machine.table(found), flush=True)

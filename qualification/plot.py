@@ -70,7 +70,7 @@ _STYLE: dict[Any, Any] = {
     "axes.titlesize": 8,
     "axes.titlelocation": "left",
     "legend.fontsize": 7,
-    # The same numbers give the same file.
+    # The same numbers give the same file, but for the names of some clip paths.
     "svg.hashsalt": "plimsoll",
 }
 

@@ -12,8 +12,10 @@ import logging
 import math
 import os
 import shlex
+import sysconfig
 import time
 import traceback
+import unittest
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -34,7 +36,7 @@ from qualification.observe import sampler_of
 from qualification.plot import run_times
 from qualification.progress import Progress
 from qualification.quoting import is_ours, place
-from qualification.records import RecordError
+from qualification.records import SHARES_MAX, RecordError
 from qualification.resume import TAKEN, TestByTest
 from qualification.run import (
     DEFAULT_AUDIO,
@@ -61,6 +63,7 @@ _NOT_RUN = "not run"
 _RUN = pytest.StashKey["Run"]()
 _JUDGE = pytest.StashKey[Judge]()
 _SEEN = pytest.StashKey["_Seen"]()
+_STANDARD_LIBRARY = sysconfig.get_path("stdlib")
 #: Errors with words of ours, where we raised them; and those that the suite declares itself.
 _OUR_ERRORS = (AssertionError, pytest.fail.Exception, Unsupported)
 _OWN_TESTS = (ROOT / "tests" / "unit", ROOT / "tests" / "meta")
@@ -134,9 +137,13 @@ def _point(text: str) -> Point:
 
 def _shard(text: str) -> tuple[int, int]:
     share, _, of = text.partition("/")
-    if not (share.isdigit() and of.isdigit() and 1 <= int(share) <= int(of)):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected K/N, a share from 1 to N and their number, such as 1/4")
-    return int(share), int(of)
+    # Of more digits Python makes no number.
+    numbers = [int(each) if each.isdecimal() and len(each) < 10 else 0 for each in (share, of)]
+    if not 1 <= numbers[0] <= numbers[1] <= SHARES_MAX:
+        raise argparse.ArgumentTypeError(
+            f"{text[:40]!r}: expected K/N, a share from 1 to N and their number, at most {SHARES_MAX}, such as 1/4"
+        )
+    return numbers[0], numbers[1]
 
 
 def _command(text: str) -> list[str]:
@@ -349,11 +356,14 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Give what was not measured its verdict, and put the four lines first."""
+    skips = call.excinfo is not None and call.excinfo.errisinstance((pytest.skip.Exception, unittest.SkipTest))
+    # Now: pytest makes a skip of its own of one that is unittest's.
+    skipped_by_subject = skips and call.excinfo is not None and not _raised_by_us(call.excinfo.value, item.path)
     report = yield
     run = item.config.stash.get(_RUN, None)
     if run is None or run.records is None or not _is_judged(item):
         return report
-    _give_verdicts(item, run, call, report)
+    _give_verdicts(item, run, call, report, skipped_by_subject=skipped_by_subject)
     seen = item.stash.setdefault(_SEEN, _Seen())
     seen.add(call, report)
     if call.when == "teardown":
@@ -361,7 +371,9 @@ def pytest_runtest_makereport(
     return report
 
 
-def _give_verdicts(item: pytest.Item, run: Run, call: pytest.CallInfo[None], report: pytest.TestReport) -> None:
+def _give_verdicts(
+    item: pytest.Item, run: Run, call: pytest.CallInfo[None], report: pytest.TestReport, *, skipped_by_subject: bool
+) -> None:
     judge = item.stash.get(_JUDGE, None)
     if judge is None:
         if call.excinfo is None:
@@ -369,6 +381,9 @@ def _give_verdicts(item: pytest.Item, run: Run, call: pytest.CallInfo[None], rep
         # It failed before its own judge was made.
         judge = item.stash[_JUDGE] = _judge_for(item, run)
     if call.excinfo is not None:
+        if report.skipped and skipped_by_subject:
+            # It is not for a subject to say what is not run.
+            report.outcome, report.longrepr = "failed", f"the subject skipped the test: {call.excinfo.value}"
         if report.skipped:
             reason = getattr(report, "wasxfail", "") or (
                 report.longrepr[2] if isinstance(report.longrepr, tuple) else call.excinfo.typename
@@ -410,12 +425,24 @@ def _why(item: pytest.Item, excinfo: pytest.ExceptionInfo[BaseException]) -> str
 def _has_our_words(error: BaseException, test: Path) -> bool:
     """Whether it is of a kind that quotes no subject, and was raised by us; a subject can raise what it wants."""
     module = type(error).__module__
-    if not (isinstance(error, _OUR_ERRORS) or module.startswith(("qualification.", "backends.faults."))):
-        return False
+    is_kind = isinstance(error, _OUR_ERRORS) or module.startswith(("qualification.", "backends.faults."))
+    return is_kind and _raised_by_us(error, test)
+
+
+def _raised_by_us(error: BaseException, test: Path) -> bool:
+    """Whether an error came out of the suite alone: from the test on, nothing of a subject's is on its way."""
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
-    # pytest.fail raises in pytest, and a timeout strikes wherever the test is.
-    raised_in = [file for file in files if "_pytest" not in Path(file).parts][-1:]
-    return any(is_ours(file, test) or Path(file).name == "pytest_timeout.py" for file in raised_in)
+    # pytest's own are around the test, and inside pytest.fail and pytest.skip.
+    files = [file for file in files if not {"_pytest", "pluggy"} & {*Path(file).parts}]
+    if files and Path(files[-1]).name == "pytest_timeout.py":
+        return True  # it strikes wherever the test is, with words of its own
+    return all(is_ours(file, test) or _is_pythons(file) for file in files)
+
+
+def _is_pythons(file: str) -> bool:
+    path = Path(file)
+    packages = {"site-packages", "dist-packages"}
+    return file.startswith("<frozen ") or (path.is_relative_to(_STANDARD_LIBRARY) and not packages & {*path.parts})
 
 
 class _Seen:

@@ -48,9 +48,8 @@ def is_ours(file: str, test: Path | None = None) -> bool:
         return True
     if not path.is_relative_to(_ROOT):
         return False
-    # Those below tests/ have subjects of their own.
-    folder, *below = path.relative_to(_ROOT).parts
-    return folder in ("qualification", "backends") or (folder == "tests" and len(below) == 1)
+    # Any other test could be a subject, or have one.
+    return path.relative_to(_ROOT).parts[0] in ("qualification", "backends")
 
 
 def place(error: BaseException, test: Path | None = None) -> str:

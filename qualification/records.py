@@ -29,6 +29,8 @@ OUTCOMES = ("passed", "failed", "not_run")
 #: The most lines of evidence, and the most events of a subject, that the record of a test keeps.
 EVIDENCE_MAX = 200
 EVENTS_MAX = 1000
+#: The most shares of a sweep.
+SHARES_MAX = 1000
 #: The most points that a series keeps.
 SERIES_POINTS_MAX = 240
 _NO_PREVIOUS = "0" * 64

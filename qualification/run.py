@@ -181,6 +181,8 @@ class Run:
             verdict, reason = "fail", f"{ended.total()} of {collected} tests came to their end"
         elif not profiles:
             verdict, reason = "not_run", f"{collected} tests: no whole profile ({', '.join(PROFILES)})"
+        elif self.criteria.overridden:
+            verdict, reason = "not_run", f"{', '.join(self.criteria.overridden)} set otherwise than by default"
         elif self.left_out:
             verdict, reason = "not_run", f"{self.left_out} criteria were not run"
         else:
@@ -194,6 +196,7 @@ class Run:
             "reason": reason,
             "exit_status": exit_status,
             "profiles": profiles,
+            "overridden": self.criteria.overridden,
             **self.identity(),
             "machine": identity.machine(),
             "record": str(self.records.path.resolve()) if self.records else None,

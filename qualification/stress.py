@@ -201,7 +201,7 @@ def _main(options: argparse.Namespace, words: Sequence[str], ending: Ending) -> 
     status, line = _conclude(judge)
     summary = run.summary(status)
     if status == EXIT_INCONCLUSIVE:  # what was judged holds, and not everything was judged: that is no pass
-        summary["verdict"] = "not_run"
+        summary |= {"verdict": "not_run", "reason": line}
     print(*history.publish(summary, options.results / history.FILE, history.KEY), line, sep="\n", flush=True)
     return status
 

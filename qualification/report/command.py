@@ -70,6 +70,8 @@ def run(options: argparse.Namespace) -> int:
     declared = backends.declared()
     try:
         gate = load(options.gate, [(each.name, environment) for each in declared for environment in each.environments])
+        if gate.fail_on_regression and options.against is None:
+            raise Refused(f"{gate.source} fails on regressions: expected --against, with an earlier report.json")
         earlier = against.load(options.against) if options.against else None
         evidence = gather(folders)
         made = report(evidence, gate, declared)

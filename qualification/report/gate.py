@@ -18,7 +18,7 @@ import difflib
 import math
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,8 @@ class Gate:
             "profiles": list(self.profiles),
             "not_run": list(self.not_run),
             "overridden": dict(self.overridden),
+            "fail_on_regression": self.fail_on_regression,
+            "regression": asdict(self.regression),
         }
 
 

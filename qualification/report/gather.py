@@ -85,7 +85,12 @@ def gather(folders: Iterable[Path]) -> Evidence:
             # What may not be looked into could hold a failure.
             raise GatherError(f"{error.filename}: it cannot be read: {error.strerror}") from error
 
-        for where, _, names in os.walk(folder, onerror=refuse):
+        seen: set[Path] = set()
+        for where, below, names in os.walk(folder, onerror=refuse, followlinks=True):
+            if (here := Path(where).resolve()) in seen:
+                below.clear()  # a link into what was read already
+                continue
+            seen.add(here)
             paths = [Path(where) / name for name in names if name.endswith(".jsonl")]
             found |= {read(path) for path in paths if not path.name.startswith(_UNFINISHED)}
     return Evidence(frozenset(found))
@@ -111,6 +116,11 @@ def read(path: Path) -> Source:
         record = _first_line_of(raw)
     if record is None:
         return Source(path.name, sha256, None, problem, *cell)
+    if record.run.get("schema_version") != records.SCHEMA_VERSION:
+        # What else it has means what it meant then.
+        record = Record(shape.reduced(record.run), (), record.complete)
+        own = (str(record.run.get("backend", "")), str(record.run.get("environment", "")))
+        return Source(path.name, sha256, record, problem, *own)
     run = record.run
     own = (str(run.get("backend", "")), str(run.get("environment", "")))
     if not problem and (misshapen := shape.wrong_with(record)):
@@ -128,8 +138,11 @@ def _first_line_of(raw: bytes) -> Record | None:
         run = json.loads(raw.split(b"\n", 1)[0])
     except (ValueError, RecursionError):
         return None
-    record = Record(run, (), complete=False) if isinstance(run, dict) else None
-    return None if record is None or shape.wrong_with(record) else record
+    if not isinstance(run, dict) or not isinstance(run.get("backend"), str):
+        return None
+    record = Record(run, (), complete=False)
+    # Of one that is not what it has to be, no more than whose it is.
+    return Record(shape.reduced(run), (), complete=False) if shape.wrong_with(record) else record
 
 
 def _inconsistency(record: Record, own: tuple[str, str], named: tuple[str, str]) -> str:

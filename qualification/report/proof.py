@@ -12,7 +12,6 @@ from qualification.criteria import CRITERIA
 from qualification.records import SCHEMA_VERSION as RECORD_VERSION
 from qualification.report.gather import CUT_OFF, Evidence, Source, copies
 from qualification.report.text import some
-from qualification.subject import DEFAULT_SUBJECT
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ def wrong_records(evidence: Evidence, expected: Expected, pairs: set[tuple[str, 
             or ("" if (source.backend, source.environment) in pairs else _undeclared(source))
             or _subject(source, newest)
             or _too_few(source)
+            or _without_what_it_goes_on_with(source, evidence)
         )
         if source in resumed and _version(source, expected) == "":
             wrong.pop(source, None)  # cut off, and gone on with: the other record has all of it
@@ -65,13 +65,22 @@ def _version(source: Source, expected: Expected) -> str:
             f"another version of the suite: {which}, sources {str(run.get('suite_sha256'))[:12]}; "
             f"this is {here}, {expected.suite_sha256[:12]}"
         )
-    shipped = run.get("subject") == DEFAULT_SUBJECT and not run.get("not_run")
-    if shipped and run.get("subject_sha256") != expected.shipped_subject_sha256:
+    if (
+        not run.get("not_run")
+        and _ships(str(run.get("subject")))
+        and run.get("subject_sha256") != expected.shipped_subject_sha256
+    ):
         return (
             f"another version of the subject: {run.get('subject')} {run.get('subject_version')}, sources "
             f"{str(run.get('subject_sha256'))[:12]}; here they are {expected.shipped_subject_sha256[:12]}"
         )
     return ""
+
+
+def _ships(subject: str) -> bool:
+    """Whether a subject is of the package that ships, named as a module or as a file."""
+    where = subject.rpartition(":")[0]
+    return where.split(".")[0] == "protection" or Path(where).parent.name == "protection"
 
 
 def _undeclared(source: Source) -> str:
@@ -84,7 +93,9 @@ def _subject(source: Source, newest: Mapping[str, Any]) -> str:
     run = source.run
     if not run or run.get("not_run") or not newest:
         return ""
-    for name in ("subject", "subject_sha256", "model_sha256", "audio_sha256"):
+    # Without sources that can be hashed its version is all that is known.
+    version = () if run.get("subject_sha256") else ("subject_version",)
+    for name in ("subject", "subject_sha256", *version, "model_sha256", "audio_sha256"):
         # Of a file the name counts, wherever it lies.
         if Path(str(run.get(name))).name != Path(str(newest.get(name))).name:
             what = "version of the subject" if name == "subject_sha256" else name.removesuffix("_sha256")
@@ -115,6 +126,13 @@ def _too_few(source: Source) -> str:
     if lacking:
         return f"fewer results than collected: {some(lacking)} has no verdict"
     return ""
+
+
+def _without_what_it_goes_on_with(source: Source, evidence: Evidence) -> str:
+    """Say which record that was cut off is not there any more: a failure may be in it that was not repeated."""
+    there = {(each.name, each.sha256) for each in evidence}
+    gone = [each["file"] for each in source.run.get("resumes") or () if (each["file"], each["sha256"]) not in there]
+    return f"it goes on with {some(gone)}, which is not here as it was then" if gone else ""
 
 
 def _resumed(evidence: Evidence, wrong: Mapping[Source, str]) -> set[Source]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from qualification.records import KNOWN_VERSIONS, OUTCOMES, VERDICTS, Record
+from qualification.records import OUTCOMES, SHARES_MAX, VERDICTS, Record
 
 Check = Callable[[Any], bool]
 #: More than anything that is measured, in bytes or otherwise; what is not finite is more.
@@ -18,9 +18,7 @@ _LONGEST_S = 1e9
 
 
 def wrong_with(record: Record) -> str:
-    """Say which field of which line is not what it has to be; "" where all are. Older versions have not all of them."""
-    if record.run.get("schema_version") != KNOWN_VERSIONS[-1]:
-        return _first(record.run, {name: _RUN[name] for name in ("backend", "environment")}, "the first line")
+    """Say which field of which line is not what it has to be; "" where all are."""
     if record.run.get("not_run") and (record.run.get("collected") or record.criteria or record.tests or record.sweeps):
         return "misshapen: it says that it was not run, and has results"
     return (
@@ -29,6 +27,17 @@ def wrong_with(record: Record) -> str:
         or _any(record.tests, _TEST, "a test's line")
         or _any(record.sweeps, _SWEEP, "a sweep's line")
     )
+
+
+def reduced(run: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what can be said of a record of another version, or of a damaged one: whose it is, and of which version."""
+    names = ("backend", "environment", "suite_version", "suite_commit", "suite_sha256", "began")
+    machine = run.get("machine")
+    its = {name: machine.get(name) for name in ("name", "id")} if isinstance(machine, dict) else {}
+    found: dict[str, Any] = {name: run[name] for name in names if isinstance(run.get(name), str)}
+    found["machine"] = {name: value for name, value in its.items() if isinstance(value, str)}
+    version = run.get("schema_version")
+    return {**found, "schema_version": version if isinstance(version, int) else None, "collected": []}
 
 
 def _any(lines: Iterable[Mapping[str, Any]], checks: Mapping[str, Check], where: str) -> str:
@@ -84,7 +93,12 @@ def _event(value: Any) -> bool:
 
 
 def _share(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(map(_count, value)) and 1 <= value[0] <= value[1]
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(map(_count, value))
+        and 1 <= value[0] <= value[1] <= SHARES_MAX
+    )
 
 
 _CARD = {
@@ -155,6 +169,7 @@ _TEST: Mapping[str, Check] = {
     "evidence": _each(_text),
     "events": _each(_event),
     "device_limit_bytes": _or_none(_number),
+    "events_told": _or_none(_count),
     "taken_from": _or_none(_text),
     "failed_in": _or_none(_text),
 }

@@ -31,7 +31,7 @@ from qualification.records import now
 from qualification.report.gate import Gate
 from qualification.report.gather import Evidence, Source
 from qualification.report.proof import Expected, wrong_records
-from qualification.report.text import some
+from qualification.report.text import first_of, some
 
 SCHEMA_VERSION = 1
 #: Criteria of what is no test of the matrix, such as the stress harness.
@@ -155,16 +155,28 @@ def _cells(
         key = str(source.machine.get("id", ""))
         name = str(source.machine.get("name") or "unknown machine")
         machines.setdefault(key, _Cell(backend, environment, name, required)).sources.append(source)
-    shares = _shares(sources, wrong)
-    unlike = _unlike([each for each in sources if _shared(each) and each not in wrong], _SOFTWARE)
+    whole, open_ = _sweeps([each for each in sources if each not in wrong])
     for cell in machines.values():
         sound = [each for each in cell.sources if each not in wrong and not each.run.get("not_run")]
         cell.helps = bool(sound) and all(_shared(each) >= _tests_of(each) for each in sound)
-        _take_in(cell, wrong)
-        for source, difference in {**_unlike(sound, (*_SOFTWARE, *_HARDWARE)), **unlike}.items():
-            if source in cell.sources:
-                cell.red.append(_Why(f"{source.name}: {difference}"))
-        _judge(cell, gate, shares)
+        for source in cell.sources:
+            if source in wrong:
+                cell.red.append(_Why(f"{source.name}: {wrong[source]}"))
+            else:
+                _take_in(cell, source)
+        for source, difference in _unlike(sound).items():
+            cell.red.append(_Why(f"{source.name}: {difference}", frozenset(_TESTS)))
+        for (test, made_with), reason in open_.items():
+            its = [each for each in sound if test in _tests_of(each)]
+            has_share = any(_made_with(each) == made_with and test in _shared(each) for each in its)
+            if has_share and not any(test not in _shared(each) and _holds(each, test) for each in its):
+                cell.red.append(_Why(reason, frozenset({test})))
+        if not cell.helps:
+            for (test, made_with), lent in whole.items():
+                if test not in cell.tests and made_with in map(_made_with, sound):
+                    for source in lent:
+                        _take_in(cell, source, test)
+        _judge(cell, gate)
     if not machines:
         cell = _Cell(backend, environment, None, required)
         (cell.red if required else cell.grey).append(_Why(f"no record of {backend} in {environment}"))
@@ -172,12 +184,24 @@ def _cells(
     return [cell for _, cell in sorted(machines.items(), key=lambda item: (str(item[1].machine), item[0]))]
 
 
-def _unlike(sources: Sequence[Source], names: Sequence[str]) -> dict[Source, str]:
+def _things(source: Source) -> dict[str, Any]:
+    """Give what a record was made on."""
+    things = {**source.run, "python": source.machine.get("python")}
+    return {name: things.get(name) for name in (*_SOFTWARE, *_HARDWARE)}
+
+
+def _made_with(source: Source) -> str:
+    """Give the software that a record was made with, and what was set otherwise: what shares have to have in common."""
+    things = {name: value for name, value in _things(source).items() if name in _SOFTWARE}
+    return json.dumps([things, _overridden(source)], sort_keys=True)
+
+
+def _unlike(sources: Sequence[Source]) -> dict[Source, str]:
     """Say of each record how it was made on other things than the last: together they would prove nothing of either."""
     found = {}
     for each in sources[:-1]:
-        its, last = ({**run, "python": run["machine"]["python"]} for run in (each.run, sources[-1].run))
-        different = [name for name in names if its.get(name) != last.get(name)]
+        its, last = _things(each), _things(sources[-1])
+        different = [name for name in its if its[name] != last[name]]
         if different:
             name = different[0]
             what = name.removesuffix("_sha256").replace("_", " ")
@@ -194,20 +218,25 @@ def _tests_of(source: Source) -> set[str]:
     return {str(line["test"]) for line in source.record.tests} if source.record is not None else set()
 
 
-def _take_in(cell: _Cell, wrong: Mapping[Source, str]) -> None:
-    for source in cell.sources:
-        if source in wrong:
-            cell.red.append(_Why(f"{source.name}: {wrong[source]}"))
-            continue
-        assert source.record is not None
-        for line in source.record.criteria:
+def _take_in(cell: _Cell, source: Source, only: str | None = None) -> None:
+    """Take in what a sound record measured, or only what it did of one test."""
+    assert source.record is not None
+    for line in source.record.criteria:
+        if only in (None, line["test"]):
             cell.lines.setdefault((str(line["test"]), str(line["criterion"])), []).append((line, source))
-        for line in source.record.tests:
-            test = str(line["test"])
-            cell.tests.setdefault(test, []).append((line, source))
-            its = [each for each in source.record.criteria if each["test"] == test]
-            if line["outcome"] == "failed" and not any(each["verdict"] == "fail" for each in its):
-                cell.lines.setdefault((test, _IN_ORDER), []).append((_out_of_order(line), source))
+    for line in source.record.tests:
+        test = str(line["test"])
+        if only not in (None, test):
+            continue
+        cell.tests.setdefault(test, []).append((line, source))
+        verdicts = {each["verdict"] for each in source.record.criteria if each["test"] == test}
+        is_odd = (
+            (line["outcome"] == "failed" and "fail" not in verdicts)
+            or (line["outcome"] == "passed" and line.get("failed_in"))
+            or (line["outcome"] == "not_run" and verdicts == {"pass"})
+        )
+        if is_odd:
+            cell.lines.setdefault((test, _IN_ORDER), []).append((_out_of_order(line), source))
 
 
 def _out_of_order(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,7 +256,7 @@ def _out_of_order(line: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _judge(cell: _Cell, gate: Gate, shares: Mapping[str, str]) -> None:
+def _judge(cell: _Cell, gate: Gate) -> None:
     """Find every reason why a cell is not proven."""
     ran = [each for each in cell.sources if not each.run.get("not_run")]
     if not ran:
@@ -238,7 +267,7 @@ def _judge(cell: _Cell, gate: Gate, shares: Mapping[str, str]) -> None:
     for name, value in set_to:
         if gate.overridden.get(name) != value:
             test = name.partition(".")[0]
-            whose = frozenset({test} & {*_TESTS})  # "every_test" is about all of them
+            whose = frozenset({test}) if test in _TESTS else frozenset(_TESTS)  # "every_test"
             cell.red.append(_Why(f"{name} was set to {value:g}, which the gate does not accept", whose))
     for (test, name), lines in cell.lines.items():
         whose = frozenset({test})
@@ -251,11 +280,10 @@ def _judge(cell: _Cell, gate: Gate, shares: Mapping[str, str]) -> None:
             cell.red.append(_Why(f"{test}/{name} failed{again}: {measured_text(failed[-1])}", whose))
     if not cell.helps:
         asked = [test for test in _TESTS if profile_of(test) in gate.profiles]
-        missing = [test for test in asked if test not in cell.tests and shares.get(test) != ""]
+        missing = [test for test in asked if test not in cell.tests]
         for profile in gate.profiles:
             if its := [test for test in missing if profile_of(test) == profile]:
                 cell.red.append(_Why(f"no record of {some(its)}, of the profile {profile}", frozenset(its)))
-    cell.red += [_Why(reason, frozenset({test})) for test, reason in shares.items() if test in cell.tests and reason]
     for (test, name), lines in cell.lines.items():
         best = _best(lines)
         if best["verdict"] != "not_run" or best.get("capability") or group_of(test) is None:
@@ -318,32 +346,24 @@ def _shared(source: Source) -> set[str]:
     return _tests_of(source) & {*SLOW_PROFILES["sweep"]}
 
 
-def _shares(sources: Iterable[Source], wrong: Mapping[Source, str]) -> dict[str, str]:
-    """Say of each test that was swept in shares which of them are missing; "": none."""
-    found: dict[tuple[str, int], set[int]] = {}
-    whole: set[str] = set()
+def _sweeps(sources: Iterable[Source]) -> tuple[dict[tuple[str, str], list[Source]], dict[tuple[str, str], str]]:
+    """Give, by test and what it was made with, the shares that are a whole sweep, and what is missing of the others."""
+    found: dict[tuple[str, str, int], dict[int, list[Source]]] = {}
     for source in sources:
-        if source in wrong or source.record is None:
-            continue
-        # What was not run, or not kept, is no share.
-        proven = {test for test in _tests_of(source) if _holds(source, test)}
-        whole |= proven - _shared(source)
-        for test in proven & _shared(source):
+        for test in _shared(source):
             share, of = source.run["shard"]
-            found.setdefault((test, of), set()).add(share)
-    result = {
-        test: f"{test}: no share of it is proven"
-        for source in sources
-        if source not in wrong
-        for test in _shared(source) - whole
-    }
-    for (test, of), there in found.items():
-        missing = sorted(set(range(1, of + 1)) - there)
-        if test in whole or not missing:
-            result[test] = ""
-        elif result.get(test) != "":
-            result[test] = f"{test}: of {of} shares {', '.join(map(str, missing))} missing"
-    return result
+            there = found.setdefault((test, _made_with(source), of), {})
+            # What was not run, or not kept, is no share.
+            if _holds(source, test):
+                there.setdefault(share, []).append(source)
+    whole, open_ = {}, {}
+    for (test, made_with, of), there in found.items():
+        if len(there) == of:
+            whole[test, made_with] = [each for its in there.values() for each in its]
+        else:
+            missing = [str(share) for share in range(1, of + 1) if share not in there]
+            open_[test, made_with] = f"{test}: of {of} shares {some(missing)} missing"
+    return whole, {key: reason for key, reason in open_.items() if key not in whole}
 
 
 def _holds(source: Source, test: str) -> bool:
@@ -367,10 +387,9 @@ def _reasons(
             if cell.verdict == "not_run" and any(each.verdict == "pass" and not each.helps for each in its):
                 continue  # it could not run here, and it did elsewhere
             where = f" on {cell.machine}" if cell.machine else ""
-            whys = [why.text for why in cell.red or cell.grey]
-            more = f" (and {len(whys) - 1} more)" if len(whys) > 1 else ""
+            whys = first_of([why.text for why in cell.red or cell.grey])
             required = " (the gate requires it)" if not cell.red else ""
-            reasons.append(f"{cell.backend} in {cell.environment}{where}: {whys[0]}{more}{required}")
+            reasons.append(f"{cell.backend} in {cell.environment}{where}: {whys}{required}")
     for backend, environment in pairs:
         its = [each for each in cells if (each.backend, each.environment) == (backend, environment)]
         if gate.requires(backend, environment) and all(each.helps for each in its):
@@ -442,7 +461,7 @@ def _plain(cell: _Cell, gate: Gate, expected: Expected) -> dict[str, Any]:
         "machine": cell.machine,
         "required": cell.required,
         "verdict": cell.verdict,
-        "reason": "" if not whys else whys[0] + (f" (and {len(whys) - 1} more)" if len(whys) > 1 else ""),
+        "reason": first_of(whys),
         "reasons": whys,
         "groups": _groups(cell, criteria, gate),
         "about": _about(cell, expected),

@@ -157,7 +157,10 @@ def test_a_run_leaves_a_record_a_row_and_tells_the_command(tmp_path: Path) -> No
     (path,) = results.glob("*.jsonl")
     record, summary = records.read(path), history.last(results / history.FILE, "mine")
     assert summary is not None and json.loads(told.read_text()) == summary, "the command was told something else"
-    assert (summary["kind"], summary["verdict"], summary["exit_status"]) == ("run", "pass", 0)
+    assert (summary["kind"], summary["verdict"], summary["exit_status"]) == ("run", "not_run", 0)
+    assert summary["reason"] == "1 tests: no whole profile (quick, soak, sweep)", (
+        "one test is no pass of the quick ones"
+    )
     assert summary["record"] == str(path) and summary["began"] == record.run["began"]
     assert summary["tests"] == {"collected": 1, "passed": 1, "failed": 0, "not_run": 0}
     assert summary["criteria"] == {"pass": len(record.criteria), "fail": 0, "not_run": 0} and not summary["failed"]
@@ -167,7 +170,9 @@ def test_a_run_leaves_a_record_a_row_and_tells_the_command(tmp_path: Path) -> No
     assert summary["machine"]["id"] == record.run["machine"]["id"]
     assert record.ended and record.run["began"] <= record.ended <= summary["finished"]
     shown = typed("status", "--history", str(results / history.FILE), "--key", "mine")
-    assert (shown.returncode, json.loads(shown.stdout)) == (0, summary)
+    assert (shown.returncode, json.loads(shown.stdout)) == (1, summary)
+    reports = typed("status", "--history", str(results / history.FILE), "--key", "mine", "--kind", "report")
+    assert reports.returncode == 2 and "no report has finished" in reports.stderr
 
 
 def test_a_run_that_fails_says_what_and_ends_with_pytests_status(tmp_path: Path) -> None:
@@ -268,9 +273,10 @@ def test_what_no_report_can_be_made_of_is_refused(folder: Path, tmp_path: Path) 
     assert "no cell is 'cpuu/cpu': did you mean cpu/cpu" in refused("report", results, "--gate", str(gate))
     assert f"--against {none}: it cannot be read" in refused("report", results, "--against", str(none))
     assert f"--against {earlier}: it is no report" in refused("report", results, "--against", str(earlier))
+    assert not list(folder.iterdir()), f"a report that was refused left {[each.name for each in folder.iterdir()]}"
     out = tmp_path / "report.json" / "here"
     assert f"error: --out {out}: the report cannot be written: " in refused("report", results, "--out", str(out))
-    assert not list(folder.iterdir()), f"a report that was refused left {[each.name for each in folder.iterdir()]}"
+    assert history.last(folder / history.FILE)["verdict"] == "fail", "it was judged, and nobody can read it"  # type: ignore[index]
 
 
 def test_the_commands_of_its_description_are_understood() -> None:

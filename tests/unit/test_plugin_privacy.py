@@ -58,6 +58,17 @@ def asserts(context):
     return subject
 
 
+def skips(context):
+    import unittest
+
+    def drain(timeout_s):
+        raise unittest.SkipTest("{WORDS}")
+
+    subject = pipeline.factory(context)
+    subject.drain = drain
+    return subject
+
+
 def after_17_feeds(context, then):
     subject = pipeline.factory(context)
     feed = subject.feed
@@ -98,6 +109,12 @@ def _qualify(speaking: Path, factory: str, *arguments: str) -> tuple[Outcome, re
     with_words = [path.name for path in kept if WORDS.encode() in path.read_bytes()]
     assert not with_words, f"what the subject said is in {with_words}"
     return run, records.read(next(results.glob("*.jsonl")))
+
+
+def test_a_subject_that_skips_has_failed_and_what_it_said_is_not_recorded(speaking: Path) -> None:
+    run, record = _qualify(speaking, "skips", BUFFER)
+    assert {each["verdict"] for each in record.criteria} == {"fail"}, run.output[-2000:]
+    assert [each["outcome"] for each in record.tests] == ["failed"]
 
 
 @pytest.mark.parametrize("method", ["feed", "drain", "results"])

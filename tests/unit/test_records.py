@@ -124,6 +124,7 @@ def test_how_a_test_ended_is_read_back(tmp_path: Path) -> None:
     assert len(record.criteria) == 1, "a line of a test was read as a criterion"
     bare, full = record.tests
     nothing = {"evidence": [], "events": [], "events_told": 0, "device_limit_bytes": None, "taken_from": None}
+    nothing["failed_in"] = None
     assert bare == {**ENDED, "duration_s": 1.235, **nothing}, f"read back {bare}"
     assert (full["outcome"], full["evidence"], full["events"]) == ("failed", ["one", "two"], [[0.0, "a"], [2.5, "b"]])
     assert (full["events_told"], full["device_limit_bytes"]) == (2, 1 << 40)

@@ -455,6 +455,33 @@ def test_shares_of_a_sweep_alone_prove_no_cell(tmp_path: Path) -> None:
     assert made_of(CPU, tmp_path)["reasons"] == ["cpu in cpu: nothing but shares of the sweep"]
 
 
+def test_a_share_lets_no_other_machine_off(tmp_path: Path) -> None:
+    rest = [test for test in TESTS if test != "test_fault_sweep"]
+    write(tmp_path, machine="north", number=1)
+    write(tmp_path, machine="south", number=2, tests=rest)
+    assert "no record of test_fault_sweep" in made_of(CPU, tmp_path)["reasons"][0]
+    write(tmp_path, machine="west", number=3, tests=["test_fault_sweep"], shard=[1, 4])
+    reasons = made_of(CPU, tmp_path)["reasons"]
+    assert any("on south: no record of test_fault_sweep" in each for each in reasons), reasons
+    assert any("on west: test_fault_sweep: of 4 shares 2, 3, 4 missing" in each for each in reasons), reasons
+
+
+@pytest.mark.parametrize(
+    "other", [{"runtime": "a runtime 9.0"}, {"criteria": {"overridden": {"test_fault_sweep.seed": 5.0}}}]
+)
+def test_shares_count_for_what_they_were_made_with(tmp_path: Path, other: dict[str, Any]) -> None:
+    gate = replace(CPU, overridden={"test_fault_sweep.seed": 5.0})
+    write(tmp_path, tests=[test for test in TESTS if test != "test_fault_sweep"], number=1)
+    write(tmp_path, machine="south", tests=["test_fault_sweep"], number=2, shard=[1, 2])
+    second = write(tmp_path, machine="west", tests=["test_fault_sweep"], number=3, shard=[2, 2])
+    made = made_of(gate, tmp_path)
+    assert made["verdict"] == "pass" and cell(made)["groups"]["sweep"]["verdict"] == "pass", made["reasons"]
+    assert {each["verdict"] for each in made["checklist"]} == {"pass", "not_run"}
+    second.unlink()
+    write(tmp_path, machine="west", tests=["test_fault_sweep"], number=3, shard=[2, 2], **other)
+    assert any("of 2 shares" in each for each in made_of(gate, tmp_path)["reasons"])
+
+
 def test_one_point_of_a_sweep_is_not_the_sweep(tmp_path: Path) -> None:
     write(tmp_path, tests=[test for test in TESTS if test != "test_fault_sweep"], number=1)
     write(tmp_path, tests=["test_fault_sweep"], number=2, point="inference/runtime/transient/20")
@@ -535,12 +562,76 @@ def test_a_limit_that_the_gate_does_not_accept_is_red_in_the_matrix(tmp_path: Pa
     write(tmp_path, criteria={"source": "mine.toml", "overridden": overridden})
     groups = cell(made_of(CPU, tmp_path))["groups"]
     assert {name for name, each in groups.items() if each["verdict"] == "fail"} == {"memory stress"}
+    everywhere = {"source": "mine.toml", "overridden": {"every_test.device_limit_mb": 200.0}}
+    write(tmp_path / "all", criteria=everywhere)
+    assert {each["verdict"] for each in cell(made_of(CPU, tmp_path / "all"))["groups"].values()} == {"fail"}
 
 
 def test_a_soak_that_fails_leaves_the_quick_tests_as_they_are(tmp_path: Path) -> None:
     write(tmp_path, change=failing("test_kill_during_recording_soak", "samples_lost", 1.0))
     items = {each["item"]: each["verdict"] for each in made_of(CPU, tmp_path)["checklist"]}
     assert items["All quick tests pass"] == "pass" and items["Data preservation validated"] == "fail"
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "why"),
+    [
+        (
+            {"subject": "protection/pipeline.py:factory", "subject_sha256": "d" * 64},
+            {},
+            "another version of the subject",
+        ),
+        (
+            {"subject": "my.app:make", "subject_sha256": None, "subject_version": "1"},
+            {"subject": "my.app:make", "subject_sha256": None, "subject_version": "2"},
+            "another subject_version than in the newest record: 1, and there 2",
+        ),
+    ],
+)
+def test_a_subject_is_of_one_version_however_it_is_named(
+    tmp_path: Path, first: dict[str, Any], second: dict[str, Any], why: str
+) -> None:
+    slow = {test for tests in SLOW_PROFILES.values() for test in tests}
+    write(tmp_path, tests=[test for test in TESTS if test not in slow], number=1, **first)
+    write(tmp_path, tests=slow, number=2, **second)
+    assert any(why in each for each in made_of(CPU, tmp_path)["reasons"])
+
+
+@pytest.mark.parametrize("version", [1, 3, None])
+@pytest.mark.parametrize(
+    "name", ["versions", "collected", "shard", "criteria", "machine", "device", "not_run", "cannot"]
+)
+def test_a_record_of_another_version_is_named_and_nothing_else_of_it_is_used(
+    tmp_path: Path, version: int | None, name: str
+) -> None:
+    def edit(fields: dict[str, Any]) -> None:
+        if fields["kind"] == "run":
+            fields |= {"schema_version": version, name: 5}
+
+    forge(write(tmp_path), edit)
+    made = made_of(CPU, tmp_path)
+    assert page(made, []) and junit(made) and markdown(made)
+    assert any("version" in each for each in made["reasons"]), made["reasons"]
+
+
+@pytest.mark.parametrize(
+    "odd", [{"outcome": "not_run"}, {"failed_in": "teardown: OSError"}], ids=["not_run", "failed_in"]
+)
+def test_a_test_that_contradicts_its_criteria_is_red(tmp_path: Path, odd: dict[str, str]) -> None:
+    def edit(fields: dict[str, Any]) -> None:
+        if fields["kind"] == "test" and fields["test"] == TEST:
+            fields.update(odd)
+
+    forge(write(tmp_path), edit)
+    assert f"{TEST}/ended_in_order failed" in made_of(CPU, tmp_path)["reasons"][0]
+
+
+def test_a_folder_behind_a_link_is_read_and_a_loop_ends(tmp_path: Path) -> None:
+    write(tmp_path / "elsewhere", change=failing(TEST, CRITERION, 1.0))
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "gpu").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "results")
+    assert "success_rate failed" in made_of(CPU, tmp_path / "results")["reasons"][0]
 
 
 def test_what_may_not_be_looked_into_is_refused(tmp_path: Path) -> None:
@@ -590,6 +681,14 @@ def test_what_failed_before_it_was_cut_off_has_failed(tmp_path: Path) -> None:
     cut = write(tmp_path, tests=TESTS[:5], collected=ids, number=1, end=False, change=change)
     write(tmp_path, number=2, resumes=[named(cut)])
     assert "growth_rate failed, in 1 of 2 runs" in made_of(CPU, tmp_path)["reasons"][0]
+
+
+def test_a_record_that_was_gone_on_with_has_to_be_there(tmp_path: Path) -> None:
+    cut = write(tmp_path, tests=TESTS[:5], number=1, end=False)
+    write(tmp_path, number=2, resumes=[named(cut)])
+    assert made_of(CPU, tmp_path)["verdict"] == "pass"
+    cut.unlink()
+    assert f"it goes on with {cut.name}, which is not here" in made_of(CPU, tmp_path)["reasons"][0]
 
 
 def test_a_record_that_was_cut_further_since_is_not_excused(tmp_path: Path) -> None:
@@ -856,7 +955,9 @@ def test_a_regression_fails_the_gate_that_says_so(tmp_path: Path) -> None:
 
         write(tmp_path / name, change=change)
     options = ("--gate", tmp_path / "gate.toml")
-    assert command(tmp_path / "old", *options).returncode == 0
+    refused = command(tmp_path / "old", *options)
+    assert refused.returncode == 2 and "expected --against" in refused.stderr
+    assert command(tmp_path / "old", "--gate", "gates/quick.toml").returncode == 1
     done = command(tmp_path / "new", *options, "--against", tmp_path / "old" / "report" / "report.json")
     assert done.returncode == 1
     assert "slower recovery" in done.stdout and "regressions against" in done.stderr

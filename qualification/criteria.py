@@ -14,7 +14,7 @@ import difflib
 import math
 import operator
 import tomllib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -458,7 +458,7 @@ class Criteria:
         tests = sorted({test for test, _ in [*made._criteria, *made._parameters]})
         for test, table in tables.items():
             if test not in tests:
-                raise CriteriaError(f"{path}: there is no test {test!r}: {_nearest(test, tests)}")
+                raise CriteriaError(f"{path}: there is no test {test!r}: {nearest(test, tests)}")
             if not isinstance(table, dict):
                 raise CriteriaError(f"{path}: {test} is {table!r}: expected a table [{test}] of names and numbers")
             for name, value in table.items():
@@ -470,7 +470,7 @@ class Criteria:
         where = f"{path}: {test}.{name}"
         names = sorted(n for t, n in [*self._criteria, *self._parameters] if t == test)
         if name not in names:
-            raise CriteriaError(f"{path}: {test} has no criterion or parameter {name!r}: {_nearest(name, names)}")
+            raise CriteriaError(f"{path}: {test} has no criterion or parameter {name!r}: {nearest(name, names)}")
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise CriteriaError(f"{where} is {value!r}: expected a finite number")
         if key in self._criteria:
@@ -487,6 +487,7 @@ class Criteria:
         self.overridden[f"{test}.{name}"] = float(value)
 
 
-def _nearest(name: str, names: list[str]) -> str:
+def nearest(name: str, names: Sequence[str]) -> str:
+    """Say which of some names was meant, or all of them where none is near."""
     near = difflib.get_close_matches(name, names, 3, 0.5)
     return f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(names)}"

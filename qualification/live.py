@@ -163,9 +163,9 @@ class _Panel:
         grid.add_column(no_wrap=True, style="dim")
         grid.add_column()
         for name, said, style in rows:
-            grid.add_row(name, text(_printable(said), style=style))
+            grid.add_row(name, text(printable(said), style=style))
         with self._console.capture() as captured:
-            self._console.print(panel(grid, title=text(_printable(title)), title_align="left"))
+            self._console.print(panel(grid, title=text(printable(title)), title_align="left"))
         self._forget()
         # What is higher than the terminal scrolls, and could not be drawn over.
         lines = captured.get().splitlines()[: max(1, self._console.size.height - 1)]
@@ -241,5 +241,6 @@ def _clock_face(seconds: float) -> str:
     return str(timedelta(seconds=int(max(0.0, seconds))))
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Give text in one line, with a space in the place of what a terminal would obey."""
     return "".join(c if c.isprintable() else " " for c in text)

@@ -10,9 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qualification import growth, leaks, records
+from qualification.files import put
 from qualification.live import PRESSURE_LEVELS, known
 from qualification.sampling import MEMORY
 from qualification.subject import STRATEGIES
@@ -120,7 +119,7 @@ def draw(path: Path, charts: Sequence[Chart]) -> str | None:
     if isinstance(image, str):
         return image if image in (_NO_MATPLOTLIB, _NO_POINTS) else f"{path}: {image}"
     try:
-        _put(path, image)
+        put(path, image, private=True)
     except OSError as error:
         return f"{path}: the plot cannot be written: {error.strerror or error}"
     return None
@@ -226,20 +225,6 @@ def _verdicts(series: Mapping[str, Points]) -> dict[str, leaks.LeakVerdict]:
     except ValueError:
         return {}
     return {name: each for name, each in found.verdicts.items() if math.isfinite(each.judged_from)}
-
-
-def _put(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, for its owner alone."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(descriptor)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 # The drawing.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import os
@@ -221,12 +222,17 @@ class Run:
             self.lock.release()
             self.lock = None
 
+    @functools.cached_property
+    def _subject(self) -> dict[str, Any]:
+        # Once a run: it hashes sources and asks git.
+        return identity.subject(self.factory)
+
     def identity(self) -> dict[str, Any]:
         """Give what has to be the same for two runs to be parts of one."""
         return {
             **identity.suite(),
             "subject": self.subject_spec,
-            **identity.subject(self.factory),
+            **self._subject,
             "backend": self.backend.name,
             "device": {"name": self.device, "card": asdict(self.card) if self.card else None},
             "environment": self.environment,

@@ -37,7 +37,7 @@ from qualification.attribution import attribute, opened_at_rest
 from qualification.criteria import Criterion
 from qualification.host import MB
 from qualification.judge import Judge
-from qualification.live import Live, View, known, where
+from qualification.live import Live, View, known, printable, where
 from qualification.observe import Left, can_rest, counts, left_behind, quiesce, sampler_of
 from qualification.platform_check import MINIMUM_FREE_DISK_BYTES, disk_refusal, gib
 from qualification.quoting import error_text, place, unquoted
@@ -560,7 +560,7 @@ class Recording:
             lines.append(f"{self._growth.worst.verdict.replace('_', ' ')}: {self._growth.reason}")
         if self._crash:
             # One line, and no control characters: the text may be a subject's.
-            lines.append("  crash      " + "".join(c if c.isprintable() else " " for c in self._crash))
+            lines.append(f"  crash      {printable(self._crash)}")
         return [*lines, *self._looked_into]
 
     def told(self) -> dict[str, Any]:

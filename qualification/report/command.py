@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import backends
 from qualification import history, identity
+from qualification.files import put
+from qualification.live import printable
 from qualification.report import against
 from qualification.report.charts import Timeline
 from qualification.report.gate import DEFAULT, Gate, GateError, load
@@ -118,25 +118,8 @@ def write(out: Path, made: Mapping[str, Any], charts: Sequence[Timeline]) -> lis
     # One of an earlier report would be taken for this one's, should this one be cut off.
     (out / PAGE).unlink(missing_ok=True)
     for name, text in texts.items():
-        put(out / name, text)
+        put(out / name, text.encode("utf-8"))
     return notes
-
-
-def put(path: Path, text: str) -> None:
-    """Write a text file whole or not at all, for everyone to read as far as the umask allows. Raises OSError."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(descriptor)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(temporary).chmod(0o666 & ~umask)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def timelines(evidence: Evidence, made: Mapping[str, Any]) -> list[Timeline]:
@@ -193,28 +176,24 @@ def say(made: Mapping[str, Any], out: Path, notes: Sequence[str]) -> None:
     for cell in made["cells"]:
         where = f"{cell['backend']} in {cell['environment']}" + (f" on {cell['machine']}" if cell["machine"] else "")
         line = f"{cell['verdict'].replace('_', ' '):<8} {where}" + (f": {cell['reason']}" if cell["reason"] else "")
-        print(_printable(line))
+        print(printable(line))
     if made["regressions"] is not None:
         items = made["regressions"]["items"]
-        print(f"{len(items)} regressions against {_printable(made['regressions']['against'])}")
+        print(f"{len(items)} regressions against {printable(made['regressions']['against'])}")
         if without := made["regressions"]["not_compared"]:
-            print(_printable(f"  not compared, for want of an earlier one: {', '.join(without)}"))
+            print(printable(f"  not compared, for want of an earlier one: {', '.join(without)}"))
         for each in items[:_REASONS_SHOWN]:
-            print(_printable(f"  {each['what']}: {each['cell']} {each['test']}: {each['text']}"))
+            print(printable(f"  {each['what']}: {each['cell']} {each['test']}: {each['text']}"))
     for note in notes:
-        print(_printable(note))
+        print(printable(note))
     print(f"report: {out / PAGE if (out / PAGE).exists() else out / SUMMARY}")
     if made["verdict"] == "pass":
         print("QUALIFIED: every required cell is proven", flush=True)
         return
     print(f"NOT QUALIFIED, by the gate {made['gate']['source']}:", file=sys.stderr)
     for reason in made["reasons"][:_REASONS_SHOWN]:
-        print(_printable(f"  {reason}"), file=sys.stderr)
+        print(printable(f"  {reason}"), file=sys.stderr)
     if made["problems"]:
         print("  (a record that cannot be used: move it away, or repeat the run)", file=sys.stderr)
     if len(made["reasons"]) > _REASONS_SHOWN:
         print(f"  and {len(made['reasons']) - _REASONS_SHOWN} more: see the report", file=sys.stderr)
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else " " for c in text)

@@ -14,7 +14,6 @@ slower_percent = 50
 
 from __future__ import annotations
 
-import difflib
 import math
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -23,7 +22,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from qualification.criteria import CRITERIA, PARAMETERS, PROFILES
+from qualification.criteria import CRITERIA, PARAMETERS, PROFILES, nearest
 from qualification.identity import ROOT
 
 #: Ready-made ones; the first is used where none is named.
@@ -93,21 +92,21 @@ def load(path: Path, declared: Iterable[tuple[str, str]]) -> Gate:
     known = [each.name for each in fields(Gate) if each.name != "source"]
     for key in table:
         if key not in known:
-            raise GateError(f"{path}: unknown key {key!r}: {_nearest(key, known)}")
+            raise GateError(f"{path}: unknown key {key!r}: {nearest(key, known)}")
     cells = _strings(path, table, "cells")
     names = [f"{backend}/{environment}" for backend, environment in declared]
     for pattern in cells:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise GateError(f"{path}: no cell is {pattern!r}: {_nearest(pattern, names)}")
+            raise GateError(f"{path}: no cell is {pattern!r}: {nearest(pattern, names)}")
     profiles = _strings(path, table, "profiles")
     for profile in profiles:
         if profile not in PROFILES:
-            raise GateError(f"{path}: there is no profile {profile!r}: {_nearest(profile, PROFILES)}")
+            raise GateError(f"{path}: there is no profile {profile!r}: {nearest(profile, PROFILES)}")
     not_run = _strings(path, table, "not_run") if "not_run" in table else ()
     for pattern in not_run:
         tests = sorted({each.test for each in CRITERIA})
         if not any(fnmatchcase(name, pattern) for name in (*tests, *(f"{each.test}/{each.name}" for each in CRITERIA))):
-            raise GateError(f"{path}: not_run: there is no test or criterion {pattern!r}: {_nearest(pattern, tests)}")
+            raise GateError(f"{path}: not_run: there is no test or criterion {pattern!r}: {nearest(pattern, tests)}")
     strict = table.get("fail_on_regression", False)
     if not isinstance(strict, bool):
         raise GateError(f"{path}: fail_on_regression is {strict!r}: expected true or false")
@@ -115,13 +114,13 @@ def load(path: Path, declared: Iterable[tuple[str, str]]) -> Gate:
     names = sorted({*(f"{one.test}.{one.name}" for one in CRITERIA), *(f"{one.test}.{one.name}" for one in PARAMETERS)})
     for name in overridden:
         if name not in names:
-            near = _nearest(name, names)
+            near = nearest(name, names)
             raise GateError(f"{path}: [overridden]: there is no criterion or parameter {name!r}: {near}")
     thresholds = _numbers(path, table, "regression")
     names = [each.name for each in fields(Thresholds)]
     for name, value in thresholds.items():
         if name not in names:
-            raise GateError(f"{path}: [regression]: unknown key {name!r}: {_nearest(name, names)}")
+            raise GateError(f"{path}: [regression]: unknown key {name!r}: {nearest(name, names)}")
         if value < 0:
             raise GateError(f"{path}: [regression]: {name} is {value:g}: expected at least 0")
     source = path.resolve()
@@ -144,9 +143,3 @@ def _numbers(path: Path, table: Mapping[str, Any], key: str) -> dict[str, float]
         if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
             raise GateError(f"{path}: [{key}]: {name} is {number!r}: expected a finite number")
     return {name: float(number) for name, number in value.items()}
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    names = list(names)
-    near = difflib.get_close_matches(name, names, 3, 0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"expected one of {', '.join(names)}"

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qualification.live import printable
+
 MARKS = {"pass": "✅ pass", "fail": "❌ fail", "not_run": "⚪ not run", "cannot": "⚪ cannot"}
 #: Of more, only the number is said: a job's page takes 1 MiB.
 _SHOWN = 30
@@ -87,12 +89,12 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _block(lines: Sequence[str]) -> list[str]:
     """Give lines as they are, in a fence that none of them can close."""
-    text = "\n".join("".join(c if c.isprintable() else " " for c in line) for line in lines)
+    text = "\n".join(printable(line) for line in lines)
     fence = "`" * max(3, 1 + max((len(each) for each in re.findall("`+", text)), default=0))
     return [f"{fence}text", text, fence]
 
 
 def _text(text: str) -> str:
     """Take every meaning from a text: in Markdown, and in the HTML that it may contain."""
-    plain = "".join(c if c.isprintable() else " " for c in str(text))
+    plain = printable(str(text))
     return re.sub(r"([\\`*_\[\]#!|~])", r"\\\1", html.escape(plain, quote=False)).replace("@", "&#64;")

@@ -119,9 +119,7 @@ def report(
     wrong = wrong_records(evidence, expected, set(pairs))
     problems = [{"file": source.name, "reason": reason} for source, reason in wrong.items()]
     found: list[_Cell] = []
-    for backend, environment in sorted(
-        pairs, key=lambda pair: (pair[1], [each.name for each in declared].index(pair[0]))
-    ):
+    for backend, environment in sorted(pairs, key=lambda pair: pair[1]):
         its = [each for each in evidence if (each.backend, each.environment) == (backend, environment)]
         found += _cells(backend, environment, its, wrong, gate)
     _tell_apart(found)

@@ -675,12 +675,18 @@ def test_a_run_that_was_cut_off_counts_once_another_has_gone_on_with_it(tmp_path
     assert made["verdict"] == "pass", made["reasons"]
 
 
-def test_what_failed_before_it_was_cut_off_has_failed(tmp_path: Path) -> None:
+def failed_and_gone_on_with(folder: Path) -> Path:
+    """Write a record that failed before it was cut off, and one that goes on with it; see that it has failed."""
     ids = [f"tests/test_file.py::Test::{test}" for test in TESTS]
     change = failing(TESTS[0], "growth_rate", 3.0)
-    cut = write(tmp_path, tests=TESTS[:5], collected=ids, number=1, end=False, change=change)
-    write(tmp_path, number=2, resumes=[named(cut)])
-    assert "growth_rate failed, in 1 of 2 runs" in made_of(CPU, tmp_path)["reasons"][0]
+    cut = write(folder, tests=TESTS[:5], collected=ids, number=1, end=False, change=change)
+    write(folder, number=2, resumes=[named(cut)])
+    assert "growth_rate failed, in 1 of 2 runs" in made_of(CPU, folder)["reasons"][0]
+    return cut
+
+
+def test_what_failed_before_it_was_cut_off_has_failed(tmp_path: Path) -> None:
+    failed_and_gone_on_with(tmp_path)
 
 
 def test_a_record_that_was_gone_on_with_has_to_be_there(tmp_path: Path) -> None:
@@ -692,11 +698,7 @@ def test_a_record_that_was_gone_on_with_has_to_be_there(tmp_path: Path) -> None:
 
 
 def test_a_record_that_was_cut_further_since_is_not_excused(tmp_path: Path) -> None:
-    ids = [f"tests/test_file.py::Test::{test}" for test in TESTS]
-    change = failing(TESTS[0], "growth_rate", 3.0)
-    cut = write(tmp_path, tests=TESTS[:5], collected=ids, number=1, end=False, change=change)
-    write(tmp_path, number=2, resumes=[named(cut)])
-    assert "growth_rate failed, in 1 of 2 runs" in made_of(CPU, tmp_path)["reasons"][0]
+    cut = failed_and_gone_on_with(tmp_path)
     lines = cut.read_text().splitlines(keepends=True)
     cut.write_text(lines[0])
     assert "truncated" in made_of(CPU, tmp_path)["reasons"][0]

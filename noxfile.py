@@ -36,6 +36,7 @@ from backends import Declared, Environment, declared  # noqa: E402  (needs the p
 from qualification import doctor as machine  # noqa: E402
 from qualification import identity, records  # noqa: E402
 from qualification.platform_check import MINIMUM_PYTHON, python_refusal  # noqa: E402
+from qualification.profiles import SELECTIONS  # noqa: E402
 
 if refusal := python_refusal():
     sys.exit(f"Plimsoll cannot run here: {refusal}")  # headers are read with tomllib, which an older Python lacks
@@ -48,18 +49,14 @@ nox.options.default_venv_backend = "virtualenv"
 
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 CONSTRAINTS = ROOT / "constraints"
-SWEEP = "tests/test_fault_sweep.py"
-QUALIFICATION = ("tests/test_memory_protection.py", "tests/test_oom_recovery.py", SWEEP)
 RESULTS = ROOT / "results"
 BACKENDS = declared()
 ENVIRONMENTS = tuple(sorted({environment for backend in BACKENDS for environment in backend.environments}))
 #: What the sessions that need no cell install: pinned like an environment.
 DEVELOPMENT = "dev"
-#: What is selected of it, by kind of session. The whole sweep has sessions of its own.
-SELECTED = {"memory-quick": "not slow", "memory-soak": "not (sweep and slow)", "memory-sweep": "sweep and slow"}
+#: The kinds of sessions, and what each selects. The whole sweep has sessions of its own.
+SELECTED = {f"memory-{profile}": selection for profile, selection in SELECTIONS.items()}
 QUICK = "memory-quick"
-#: What takes hours goes on where it was cut off.
-RESUMED = {"memory-soak": ("--resume",), "memory-sweep": ("--resume",)}
 #: What the sessions over an environment ask of its cells, by the session of the cell: which kind of session, and the
 #: arguments for pytest. They come before it: it is queued by them. Quick, full and sweeping runs share a cell's virtual
 #: environment in this way, and so do not install it twice.
@@ -269,15 +266,15 @@ def run_cell(session: nox.Session, backend: Declared, environment: str) -> None:
 
     failed = False
     for kind, arguments in PLANNED.get(session.name) or [(QUICK, own)]:
-        files = () if selects_tests(arguments) else (SWEEP,) if kind == "memory-sweep" else QUALIFICATION
+        its = SELECTED[kind]
         marks, rest = take_option(arguments, "-m")
-        marks = f"({marks}) and {SELECTED[kind]}" if marks else SELECTED[kind]
         try:
             session.run(
-                *("python", "-m", "pytest", "-c", "pytest_memory.ini", *files, "-v"),
-                *("-m", marks),
+                *("python", "-m", "pytest", "-c", "pytest_memory.ini"),
+                *(() if selects_tests(arguments) else its.files),
+                *("-v", "-m", its.narrowed(marks)),
                 *(*rest, "--backend", backend.name),
-                *RESUMED.get(kind, ()),
+                *its.options,
                 env={"PLIMSOLL_ENVIRONMENT": environment},
             )
         except nox.command.CommandFailed:

@@ -22,16 +22,8 @@ from qualification import __version__, history
 from qualification.criteria import CRITERIA, QUICK, group_of, profile_of
 from qualification.identity import ROOT
 from qualification.platform_check import python_refusal, refusal
+from qualification.profiles import SELECTIONS
 
-TESTS = ("tests/test_memory_protection.py", "tests/test_oom_recovery.py", "tests/test_fault_sweep.py")
-#: What pytest selects for a profile: its files, its marks, and what else it is told.
-PROFILES: dict[str, tuple[tuple[str, ...], str, tuple[str, ...]]] = {
-    QUICK: (TESTS, "not slow", ()),
-    # What takes hours goes on where it was cut off.
-    "sweep": (TESTS[2:], "sweep and slow", ("--resume",)),
-    # All but the whole sweep.
-    "soak": (TESTS, "not (sweep and slow)", ("--resume",)),
-}
 EXIT_REFUSED = 2
 
 
@@ -49,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     run.add_argument("--backend", metavar="NAME", required=True, help="see `python -m qualification list`")
-    run.add_argument("--profile", choices=PROFILES, default=QUICK, help="which tests (default: %(default)s)")
+    run.add_argument("--profile", choices=SELECTIONS, default=QUICK, help="which tests (default: %(default)s)")
     run.add_argument("-m", metavar="MARKS", dest="marks", default="", help="of these, only the tests with these marks")
     run.add_argument(
         "--on-finish",
@@ -107,12 +99,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     reason = refusal() or python_refusal()
     if not reason:
-        files, marks, more = PROFILES[options.profile]
-        if options.marks:
-            # pytest takes the last of two: it would run what the profile leaves out.
-            marks = f"({options.marks}) and {marks}"
+        its = SELECTIONS[options.profile]
         hook = ("--on-finish", shlex.join(options.on_finish)) if options.on_finish else ()
-        words = ["-c", str(ROOT / "pytest_memory.ini"), *(str(ROOT / file) for file in files), "-v", "-m", marks, *more]
+        words = ["-c", str(ROOT / "pytest_memory.ini"), *(str(ROOT / file) for file in its.files), "-v"]
+        words += ["-m", its.narrowed(options.marks or ""), *its.options]
         words += ["--backend", options.backend, *rest, *hook]
         # In this one's place: Ctrl-C and other signals are pytest's, which ends in order and closes the records.
         os.execv(sys.executable, [sys.executable, "-m", "pytest", *words])

@@ -16,8 +16,9 @@ import pytest
 
 import backends
 from qualification import __version__, history, records
-from qualification.__main__ import PROFILES, main
+from qualification.__main__ import main
 from qualification.criteria import CRITERIA, group_of, profile_of
+from qualification.profiles import SELECTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "qualification"]
@@ -100,7 +101,7 @@ def collected(*words: str) -> list[str]:
     return sorted(set(re.findall(r"<Function (\w+)", done.stdout)))
 
 
-@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("profile", SELECTIONS)
 def test_a_profile_is_the_tests_that_the_criteria_say(profile: str, tmp_path: Path) -> None:
     # The soak is all but the whole sweep.
     expected = {"quick": ("quick",), "sweep": ("sweep",), "soak": ("quick", "soak")}[profile]

@@ -22,6 +22,7 @@ from backends.cpu import Cpu
 from backends.errors import ErrorKind, RuntimeFailure, Shortage
 from backends.faults import ballast
 from backends.model import DEFAULT_MODEL
+from tests.unit.descriptors import open_descriptors
 from tests.unit.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,10 +48,6 @@ def keeper(handle: Cpu) -> Iterator[Keeper]:
 
 def _features(batch: int) -> Any:
     return np.random.RandomState(3).standard_normal((batch, 150, 80)).astype(np.float32)
-
-
-def _descriptors() -> list[str]:
-    return sorted(str(path.readlink()) for path in Path("/proc/self/fd").iterdir() if path.is_symlink())
 
 
 def _gone(process: psutil.Process) -> bool:
@@ -145,23 +142,23 @@ def test_a_child_that_is_killed_is_lost_and_says_so(keeper: Keeper) -> None:
 
 
 def test_closing_leaves_neither_processes_nor_descriptors(handle: Cpu) -> None:
-    before = _descriptors()
+    before = open_descriptors()
     made = Keeper(handle.share())
     process = psutil.Process(made.process_id)
     made.load(DEFAULT_MODEL).run(_features(1))
     made.close()
     made.close()
     assert not process.is_running(), "its process runs on"
-    assert _descriptors() == before, f"descriptors before: {before}, after: {_descriptors()}"
+    assert not open_descriptors() - before, f"descriptors left behind: {open_descriptors() - before}"
 
 
 def test_a_child_that_cannot_make_the_device_is_ended_and_says_why(handle: Cpu) -> None:
-    before, children = _descriptors(), len(psutil.Process().children())
+    before, children = open_descriptors(), len(psutil.Process().children())
     share = handle.share()
     with pytest.raises(RuntimeFailure, match="ValueError: limit_bytes is 5: expected at least 1048576"):
         Keeper(Share(dict(share.data) | {"limit_bytes": 5}, share.descriptors))
     assert len(psutil.Process().children()) == children, "its process runs on"
-    assert _descriptors() == before, f"descriptors before: {before}, after: {_descriptors()}"
+    assert not open_descriptors() - before, f"descriptors left behind: {open_descriptors() - before}"
 
 
 def test_a_child_ends_with_a_parent_that_is_killed() -> None:

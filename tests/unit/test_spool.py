@@ -24,6 +24,7 @@ import pytest
 
 from protection import storage
 from protection.spool import AudioError, Result, Spool, SpoolBusy, SpoolError, SpoolFull, SpoolView, holder
+from tests.unit.descriptors import open_descriptors
 
 ROOT = Path(__file__).resolve().parents[2]
 RATE = 16_000
@@ -228,11 +229,11 @@ def test_the_folder_is_free_though_the_database_could_not_be_closed(tmp_path: Pa
     first.append(0, audio(0.1))
     failing = _CannotCloseYet(first._db)
     first._db = failing  # type: ignore[assignment]
-    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    before = open_descriptors()
     with pytest.raises(sqlite3.OperationalError, match="out of memory"):
         first.close()
-    freed = descriptors - len(list(Path("/proc/self/fd").iterdir()))
-    assert freed == 1, f"{freed} descriptors were closed, expected the lock's"
+    freed = [name for name in before - open_descriptors() if str(tmp_path) in name]
+    assert len(freed) == 1, f"closed: {freed}, expected the lock's"
     with contextlib.closing(Spool(tmp_path / "s", RATE)) as second:
         assert second.accepted == 1600, f"{second.accepted} samples are there"
         # It closes what it did not, and nothing of the other's.

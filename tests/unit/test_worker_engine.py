@@ -39,6 +39,7 @@ from protection.engine import EngineError, InProcessEngine
 from protection.worker_engine import WorkerEngine
 from protection.worker_process import Deadlines, WorkerLost
 from tests.meta import broken_workers
+from tests.unit.descriptors import open_descriptors
 from tests.unit.waiting import until
 
 MIB = 1 << 20
@@ -164,11 +165,6 @@ def _is_lost(engine: WorkerEngine) -> bool:
     return engine.lost
 
 
-def _descriptors() -> int:
-    gc.collect()
-    return len(list(Path("/proc/self/fd").iterdir()))
-
-
 # What it answers, and where.
 
 
@@ -216,10 +212,10 @@ def test_a_model_that_cannot_be_used_is_an_error_at_once(start: Start, tmp_path:
     path = tmp_path / "model.onnx"
     if found == "garbage":
         path.write_bytes(b"no model" * 100)
-    before = _descriptors()
+    before = open_descriptors()
     with pytest.raises(ModelError, match="there is no model file" if found == "nothing" else "does not load"):
         start(model=path)
-    assert _descriptors() == before, f"{before} descriptors before, {_descriptors()} after"
+    assert not open_descriptors() - before, f"descriptors left behind: {open_descriptors() - before}"
 
 
 def test_a_worker_that_ends_while_it_starts_is_replaced_and_then_the_fallback_takes_over(
@@ -242,10 +238,10 @@ def test_a_worker_that_ends_while_it_starts_is_replaced_and_then_the_fallback_ta
 def test_workers_that_all_end_while_they_start_are_an_error(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     program = "import sys; print('no libraries today', file=sys.stderr); sys.exit(9)"
     monkeypatch.setattr(protection.worker_process, "boot", lambda *_: ["-c", program])
-    before = _descriptors()
+    before = open_descriptors()
     with pytest.raises(WorkerLost, match="ended with status 9; it said: no libraries today"):
         start()
-    assert _descriptors() == before, f"{before} descriptors before, {_descriptors()} after"
+    assert not open_descriptors() - before, f"descriptors left behind: {open_descriptors() - before}"
 
 
 def test_a_load_without_host_memory_is_tried_again_where_there_is_some(start: Start, bounded: Cpu) -> None:
@@ -272,16 +268,17 @@ def test_a_worker_outlives_the_thread_that_asked_for_it(start: Start) -> None:
 
 def test_a_worker_that_cannot_be_started_leaves_nothing(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    before, threads = _descriptors(), set(threading.enumerate())
+    before, threads = open_descriptors(), set(threading.enumerate())
     with pytest.raises(WorkerLost, match="/nowhere/python") as caught:
         start()
     assert caught.value.cause == "did not start" and caught.value.at_start, f"cause {caught.value.cause}"
-    assert _descriptors() == before, f"{before} descriptors before, {_descriptors()} after"
-    assert set(threading.enumerate()) == threads, f"threads left: {set(threading.enumerate()) - threads}"
+    assert not open_descriptors() - before, f"descriptors left behind: {open_descriptors() - before}"
+    left = set(threading.enumerate()) - threads
+    assert not left, f"threads left behind: {left}"
 
 
 def test_a_host_without_descriptors_cannot_start_a_worker_and_leaves_none(start: Start) -> None:
-    before = _descriptors()
+    before = open_descriptors()
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest = os.dup(0)
     os.close(lowest)
@@ -297,7 +294,8 @@ def test_a_host_without_descriptors_cannot_start_a_worker_and_leaves_none(start:
             refused.append(lost.__cause__.errno if isinstance(lost.__cause__, OSError) else -1)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-        assert _descriptors() == before, f"{before} descriptors before, {_descriptors()} after, at most {most}"
+        left = open_descriptors() - before
+        assert not left, f"descriptors left behind: {left}, at most {most}"
     assert set(refused) == {errno.EMFILE} and 5 < len(refused) < 60, f"so many starts were refused: {len(refused)}"
 
 
@@ -887,7 +885,7 @@ def test_closing_twice_is_closing_once_and_nothing_works_afterwards(start: Start
 def test_nothing_is_left_after_many_workers(bounded: Cpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     bounded.memory()
-    before, threads = _descriptors(), set(threading.enumerate())
+    before, threads = open_descriptors(), set(threading.enumerate())
     for kills, restart in ((0, True), (1, True), (2, False)):
         engine = WorkerEngine(bounded, DEFAULT_MODEL, standby=kills == 2)
         engine.infer(_features())
@@ -900,7 +898,7 @@ def test_nothing_is_left_after_many_workers(bounded: Cpu, tmp_path: Path, monkey
         engine.close()
     left = set(threading.enumerate()) - threads
     assert not left, f"threads left behind: {left}"
-    assert _descriptors() == before, f"{before} descriptors before, {_descriptors()} after"
+    assert not open_descriptors() - before, f"descriptors left behind: {open_descriptors() - before}"
     files = [str(path) for path in tmp_path.rglob("*")]
     assert not files, f"files left behind: {files}"
 

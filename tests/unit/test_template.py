@@ -86,11 +86,12 @@ Preload = Callable[..., str]
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
     descriptors, threads = open_descriptors(), set(threading.enumerate())
+    children = set(psutil.Process().children(recursive=True))
     yield
     protection.template.end_all()
     protection.template._templates.clear()
     until(lambda: set(threading.enumerate()) <= threads, "its thread ends")
-    left = psutil.Process().children(recursive=True)
+    left = set(psutil.Process().children(recursive=True)) - children
     assert not left, f"processes left behind: {left}"
     left_open = open_descriptors() - descriptors
     assert not left_open, f"descriptors left behind: {left_open}"

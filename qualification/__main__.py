@@ -102,7 +102,7 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
         its = SELECTIONS[options.profile]
         hook = ("--on-finish", shlex.join(options.on_finish)) if options.on_finish else ()
         words = ["-c", str(ROOT / "pytest_memory.ini"), *(str(ROOT / file) for file in its.files), "-v"]
-        words += ["-m", its.narrowed(options.marks or ""), *its.options]
+        words += ["-m", its.narrowed(options.marks), *its.options]
         words += ["--backend", options.backend, *rest, *hook]
         # In this one's place: Ctrl-C and other signals are pytest's, which ends in order and closes the records.
         os.execv(sys.executable, [sys.executable, "-m", "pytest", *words])

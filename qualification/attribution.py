@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from qualification.quoting import quoted
+from qualification.quoting import printable, quoted
 from qualification.sampling import MEMORY, SERIES, UNREAD, Sample
 
 #: What a process can have open: each name begins with its kind.
@@ -205,4 +205,4 @@ def _said(error: Exception) -> str:
 
 
 def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else "?" for c in text)[:120]
+    return printable(text, "?")[:120]

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from qualification import leaks
 from qualification.host import MB
 from qualification.judge import Judge
+from qualification.quoting import printable
 from qualification.sampling import MEMORY, Sampler
 
 #: Of one verdict among several: a leak is one whatever the others say, and what is open is not proved.
@@ -192,7 +193,7 @@ def table(sampler: Sampler, growth: Growth) -> list[str]:
     ]
     for grown_bytes, first_of, last_of in sorted(grew, key=lambda each: -each[0])[:PROCESSES_SHOWN]:
         if grown_bytes >= PROCESS_BYTES_MIN:
-            name = "".join(c if c.isprintable() else "?" for c in last_of.name)
+            name = printable(last_of.name, "?")
             lines.append(
                 f"{f'  of it in {name}, process {last_of.process_id}':<40} {first_of.uss_bytes / MB:>7.1f} MB "
                 f"{last_of.uss_bytes / MB:>7.1f} MB {grown_bytes / MB:>+7.1f} MB"

@@ -17,6 +17,7 @@ from typing import Self, TextIO
 
 from qualification.leaks import Slope, interval_text
 from qualification.progress import DRAW_EVERY_S, Progress
+from qualification.quoting import printable
 from qualification.subject import EVENT_KINDS
 
 #: The share of a memory from which on it is under this pressure, the highest first. Below them all it is NORMAL.
@@ -239,8 +240,3 @@ def _megabytes(size_bytes: float | None) -> str:
 
 def _clock_face(seconds: float) -> str:
     return str(timedelta(seconds=int(max(0.0, seconds))))
-
-
-def printable(text: str) -> str:
-    """Give text in one line, with a space in the place of what a terminal would obey."""
-    return "".join(c if c.isprintable() else " " for c in text)

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Self
 
+from qualification.quoting import printable
+
 #: Nothing is shown before this many seconds have passed.
 QUIET_S = 3.0
 #: In a terminal the line is drawn at most this often.
@@ -90,7 +92,7 @@ class Progress:
         if text:
             parts.append(text)
         # One line, and no control characters: the text may be a subject's.
-        return "".join(c if c.isprintable() else " " for c in ", ".join(parts))
+        return printable(", ".join(parts))
 
     def _draw(self, line: str) -> None:
         # A line that wraps could not be overwritten.

@@ -41,6 +41,11 @@ def unquoted(value: Any) -> Any:
     return value
 
 
+def printable(text: str, instead: str = " ") -> str:
+    """Give text in one line, with something else in the place of what a terminal would obey."""
+    return "".join(c if c.isprintable() else instead for c in text)
+
+
 def is_ours(file: str, test: Path | None = None) -> bool:
     """Whether a file is of the suite, or the one of this test: no subject's."""
     path = Path(file)

@@ -224,7 +224,7 @@ class Run:
 
     @functools.cached_property
     def _subject(self) -> dict[str, Any]:
-        # Once a run: it hashes sources and asks git.
+        # As it was when the run began, whatever is edited meanwhile; and it hashes sources and asks git.
         return identity.subject(self.factory)
 
     def identity(self) -> dict[str, Any]:

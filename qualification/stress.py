@@ -37,10 +37,10 @@ from qualification.attribution import attribute, opened_at_rest
 from qualification.criteria import Criterion
 from qualification.host import MB
 from qualification.judge import Judge
-from qualification.live import Live, View, known, printable, where
+from qualification.live import Live, View, known, where
 from qualification.observe import Left, can_rest, counts, left_behind, quiesce, sampler_of
 from qualification.platform_check import MINIMUM_FREE_DISK_BYTES, disk_refusal, gib
-from qualification.quoting import error_text, place, unquoted
+from qualification.quoting import error_text, place, printable, unquoted
 from qualification.records import RecordError
 from qualification.run import DEFAULT_AUDIO, DEFAULT_RESULTS, Refused, Run, prepare
 from qualification.sampling import UNREAD, Sample, Sampler

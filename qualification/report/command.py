@@ -12,7 +12,7 @@ from typing import Any
 import backends
 from qualification import history, identity
 from qualification.files import put
-from qualification.live import printable
+from qualification.quoting import printable
 from qualification.report import against
 from qualification.report.charts import Timeline
 from qualification.report.gate import DEFAULT, Gate, GateError, load

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qualification.live import printable
+from qualification.quoting import printable
 
 MARKS = {"pass": "✅ pass", "fail": "❌ fail", "not_run": "⚪ not run", "cannot": "⚪ cannot"}
 #: Of more, only the number is said: a job's page takes 1 MiB.

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+import protection.template
 from backends.cpu import Cpu
 from backends.faults import interposer
 from backends.faults.interposer import Control
+from tests.unit.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_BYTES = 96 << 20
@@ -32,6 +35,14 @@ def _is_interruptible() -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _templates_end() -> Iterator[None]:
+    """Have the processes that workers are forked from end with the file: one that lingers ends amid other tests."""
+    yield
+    protection.template.end_all()
+    until(lambda: all(each.name != "plimsoll-template" for each in threading.enumerate()), "the templates' threads end")
 
 
 @pytest.fixture

@@ -149,7 +149,8 @@ def test_closing_leaves_neither_processes_nor_descriptors(handle: Cpu) -> None:
     made.close()
     made.close()
     assert not process.is_running(), "its process runs on"
-    assert not open_descriptors() - before, f"descriptors left behind: {open_descriptors() - before}"
+    after = open_descriptors()
+    assert after == before, f"descriptors left behind: {after - before}; closed, though not its own: {before - after}"
 
 
 def test_a_child_that_cannot_make_the_device_is_ended_and_says_why(handle: Cpu) -> None:
@@ -159,7 +160,8 @@ def test_a_child_that_cannot_make_the_device_is_ended_and_says_why(handle: Cpu) 
         Keeper(Share(dict(share.data) | {"limit_bytes": 5}, share.descriptors))
     left = set(psutil.Process().children()) - children
     assert not left, f"its process runs on: {left}"
-    assert not open_descriptors() - before, f"descriptors left behind: {open_descriptors() - before}"
+    after = open_descriptors()
+    assert after == before, f"descriptors left behind: {after - before}; closed, though not its own: {before - after}"
 
 
 def test_a_child_ends_with_a_parent_that_is_killed() -> None:

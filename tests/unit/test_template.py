@@ -492,7 +492,7 @@ def test_a_template_without_workers_ends_and_leaves_nothing(preload: Preload, mo
     monkeypatch.setattr(protection.template, "_LINGER_S", 0.4)
     probe = preload()
     descriptors, threads = open_descriptors(), set(threading.enumerate())
-    ids = set()
+    before, ids = set(psutil.Process().children()), set()
     for _ in range(2):
         workers = [Launched(probe) for _ in range(5)]
         process = psutil.Process(_template(workers[0]).process_id)
@@ -506,7 +506,8 @@ def test_a_template_without_workers_ends_and_leaves_nothing(preload: Preload, mo
         assert len(set(threading.enumerate()) - threads) == 1, f"threads {threading.enumerate()}"
         workers[0].close()
         until(lambda: set(threading.enumerate()) <= threads, "its thread ends")
-        assert not psutil.Process().children(), f"left: {psutil.Process().children()}"
+        left = set(psutil.Process().children()) - before
+        assert not left, f"processes left behind: {left}"
         workers.clear()
         del each
         left_open = open_descriptors() - descriptors

@@ -38,17 +38,19 @@ def wrong_records(evidence: Evidence, expected: Expected, pairs: set[tuple[str, 
     newest = next((each.run for each in reversed(sound) if _version(each, expected) == ""), {})
     resumed = _resumed(evidence, wrong)
     for source in evidence:
+        version = _version(source, expected)
+        if source in resumed and not version:
+            wrong.pop(source, None)  # cut off, and gone on with: the other record has all of it
+            continue
         reason = (
-            _version(source, expected)
+            version
             or ("" if (source.backend, source.environment) in pairs else _undeclared(source))
             or _subject(source, newest)
             or _too_few(source)
             or _without_what_it_goes_on_with(source, evidence)
         )
-        if source in resumed and _version(source, expected) == "":
-            wrong.pop(source, None)  # cut off, and gone on with: the other record has all of it
-        elif reason and source not in wrong:
-            wrong[source] = reason
+        if reason:
+            wrong.setdefault(source, reason)
     return wrong
 
 

@@ -605,9 +605,9 @@ def _groups(cell: _Cell, criteria: Sequence[Mapping[str, Any]], gate: Gate) -> d
         asked = [each for each in CRITERIA if each.test in tests and profile_of(each.test) in gate.profiles]
         cannot = sum(each["verdict"] == "not_run" and each["capability"] is not None for each in its)
         count = Counter(str(each["verdict"]) for each in its)
-        not_run = count["not_run"] - cannot + sum((each.test, each.name) not in there for each in asked)
-        if cell.helps:
-            not_run = count["not_run"] - cannot
+        # One that lends shares alone owes nothing else.
+        absent = 0 if cell.helps else sum((each.test, each.name) not in there for each in asked)
+        not_run = count["not_run"] - cannot + absent
         if count["fail"] or any(why.tests and why.concerns(tests) for why in cell.red):
             verdict = "fail"
         elif not_run or not its:

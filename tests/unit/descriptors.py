@@ -1,4 +1,4 @@
-"""What this process has open, so that a test can name what it left behind."""
+"""What this process has open, so that a test can name what it left behind, or closed though it was not its own."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from pathlib import Path
 
 
 def open_descriptors() -> set[str]:
-    """Name each open descriptor by its number and what it leads to (Linux).
-
-    What a test left is ``open_descriptors() - before``. Counts would not do: a template that lingers after an earlier
-    test closes its connection in its own time.
-    """
+    """Name each open descriptor by its number and what it leads to (Linux)."""
     gc.collect()
     named = set()
     for path in Path("/proc/self/fd").iterdir():
@@ -20,3 +16,9 @@ def open_descriptors() -> set[str]:
         with contextlib.suppress(FileNotFoundError):
             named.add(f"{path.name} -> {path.readlink()}")
     return named
+
+
+def changes_since(before: set[str]) -> str:
+    """Say which descriptors were opened and which were closed since; nothing where none was."""
+    after = open_descriptors()
+    return "" if after == before else f"descriptors opened: {after - before}; closed: {before - after}"

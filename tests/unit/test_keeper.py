@@ -22,7 +22,7 @@ from backends.cpu import Cpu
 from backends.errors import ErrorKind, RuntimeFailure, Shortage
 from backends.faults import ballast
 from backends.model import DEFAULT_MODEL
-from tests.unit.descriptors import open_descriptors
+from tests.unit.descriptors import changes_since, open_descriptors
 from tests.unit.waiting import until
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,19 +149,16 @@ def test_closing_leaves_neither_processes_nor_descriptors(handle: Cpu) -> None:
     made.close()
     made.close()
     assert not process.is_running(), "its process runs on"
-    after = open_descriptors()
-    assert after == before, f"descriptors left behind: {after - before}; closed, though not its own: {before - after}"
+    assert not (changes := changes_since(before)), changes
 
 
 def test_a_child_that_cannot_make_the_device_is_ended_and_says_why(handle: Cpu) -> None:
-    before, children = open_descriptors(), set(psutil.Process().children())
+    before, children = open_descriptors(), len(psutil.Process().children())
     share = handle.share()
     with pytest.raises(RuntimeFailure, match="ValueError: limit_bytes is 5: expected at least 1048576"):
         Keeper(Share(dict(share.data) | {"limit_bytes": 5}, share.descriptors))
-    left = set(psutil.Process().children()) - children
-    assert not left, f"its process runs on: {left}"
-    after = open_descriptors()
-    assert after == before, f"descriptors left behind: {after - before}; closed, though not its own: {before - after}"
+    assert len(psutil.Process().children()) == children, "its process runs on"
+    assert not (changes := changes_since(before)), changes
 
 
 def test_a_child_ends_with_a_parent_that_is_killed() -> None:

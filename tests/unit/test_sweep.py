@@ -799,11 +799,10 @@ def test_an_interrupted_campaign_ends_its_processes_and_goes_on_where_it_was(
         if len(cut.ledger.outcomes) >= 2:
             raise KeyboardInterrupt
 
-    before = set(psutil.Process().children(recursive=True))
     cut = new_campaign("Slow", say=interrupt)
     with pytest.raises(KeyboardInterrupt):
         cut.run()
-    left = set(psutil.Process().children(recursive=True)) - before
+    left = psutil.Process().children(recursive=True)
     assert not left, f"processes that are left: {left}"
     threads = [each.name for each in threading.enumerate() if "_play" in each.name]
     assert not threads, f"threads that are left: {threads}"

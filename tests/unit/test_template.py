@@ -35,7 +35,7 @@ from backends.process import NO_ACCELERATOR
 from protection.template import STATUS_UNKNOWN, Template, TemplateLost, template_for
 from protection.worker_engine import WorkerEngine
 from protection.worker_process import WorkerLost
-from tests.unit.descriptors import open_descriptors
+from tests.unit.descriptors import changes_since, open_descriptors
 from tests.unit.waiting import until
 
 MIB = 1 << 20
@@ -86,12 +86,11 @@ Preload = Callable[..., str]
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
     descriptors, threads = open_descriptors(), set(threading.enumerate())
-    children = set(psutil.Process().children(recursive=True))
     yield
     protection.template.end_all()
     protection.template._templates.clear()
     until(lambda: set(threading.enumerate()) <= threads, "its thread ends")
-    left = set(psutil.Process().children(recursive=True)) - children
+    left = psutil.Process().children(recursive=True)
     assert not left, f"processes left behind: {left}"
     left_open = open_descriptors() - descriptors
     assert not left_open, f"descriptors left behind: {left_open}"
@@ -454,10 +453,11 @@ def test_what_a_template_says_too_late_leaves_nothing(
     third = launch(probe)
     assert third.template not in (None, template) and first.process.poll() is None, "the late one is asked again"
     until(lambda: [each.pid for each in stopped.children()] == [first.process.pid], "the late worker has ended")
+    before = open_descriptors()
     first.process.kill()
     assert first.process.wait(60.0) == -signal.SIGKILL, f"it ended with {first.process.returncode}"
     assert _gone(stopped), "it was kept without workers"
-    until(lambda: template._control.fileno() < 0, "its connection is closed")
+    until(lambda: len(open_descriptors()) == len(before) - 1, "its connection is closed")
 
 
 def test_a_template_that_is_killed_takes_its_workers_along_and_the_next_is_another(
@@ -492,7 +492,7 @@ def test_a_template_without_workers_ends_and_leaves_nothing(preload: Preload, mo
     monkeypatch.setattr(protection.template, "_LINGER_S", 0.4)
     probe = preload()
     descriptors, threads = open_descriptors(), set(threading.enumerate())
-    before, ids = set(psutil.Process().children()), set()
+    ids = set()
     for _ in range(2):
         workers = [Launched(probe) for _ in range(5)]
         process = psutil.Process(_template(workers[0]).process_id)
@@ -505,13 +505,11 @@ def test_a_template_without_workers_ends_and_leaves_nothing(preload: Preload, mo
         assert not _gone(process) and workers[0].process.poll() is None, "it went before its last worker"
         assert len(set(threading.enumerate()) - threads) == 1, f"threads {threading.enumerate()}"
         workers[0].close()
-        until(lambda: set(threading.enumerate()) <= threads, "its thread ends")
-        left = set(psutil.Process().children()) - before
-        assert not left, f"processes left behind: {left}"
+        until(lambda: set(threading.enumerate()) == threads, "its thread ends")
+        assert not psutil.Process().children(), f"left: {psutil.Process().children()}"
         workers.clear()
         del each
-        left_open = open_descriptors() - descriptors
-        assert not left_open, f"descriptors left behind: {left_open}"
+        assert not (changes := changes_since(descriptors)), changes
     assert len(ids) == 2, f"the templates were {ids}"
 
 

@@ -39,7 +39,7 @@ from protection.engine import EngineError, InProcessEngine
 from protection.worker_engine import WorkerEngine
 from protection.worker_process import Deadlines, WorkerLost
 from tests.meta import broken_workers
-from tests.unit.descriptors import open_descriptors
+from tests.unit.descriptors import changes_since, open_descriptors
 from tests.unit.waiting import until
 
 MIB = 1 << 20
@@ -215,7 +215,7 @@ def test_a_model_that_cannot_be_used_is_an_error_at_once(start: Start, tmp_path:
     before = open_descriptors()
     with pytest.raises(ModelError, match="there is no model file" if found == "nothing" else "does not load"):
         start(model=path)
-    assert not open_descriptors() - before, f"descriptors left behind: {open_descriptors() - before}"
+    assert not (changes := changes_since(before)), changes
 
 
 def test_a_worker_that_ends_while_it_starts_is_replaced_and_then_the_fallback_takes_over(
@@ -241,7 +241,7 @@ def test_workers_that_all_end_while_they_start_are_an_error(start: Start, monkey
     before = open_descriptors()
     with pytest.raises(WorkerLost, match="ended with status 9; it said: no libraries today"):
         start()
-    assert not open_descriptors() - before, f"descriptors left behind: {open_descriptors() - before}"
+    assert not (changes := changes_since(before)), changes
 
 
 def test_a_load_without_host_memory_is_tried_again_where_there_is_some(start: Start, bounded: Cpu) -> None:
@@ -272,9 +272,8 @@ def test_a_worker_that_cannot_be_started_leaves_nothing(start: Start, monkeypatc
     with pytest.raises(WorkerLost, match="/nowhere/python") as caught:
         start()
     assert caught.value.cause == "did not start" and caught.value.at_start, f"cause {caught.value.cause}"
-    assert not open_descriptors() - before, f"descriptors left behind: {open_descriptors() - before}"
-    left = set(threading.enumerate()) - threads
-    assert not left, f"threads left behind: {left}"
+    assert not (changes := changes_since(before)), changes
+    assert set(threading.enumerate()) == threads, f"threads left: {set(threading.enumerate()) - threads}"
 
 
 def test_a_host_without_descriptors_cannot_start_a_worker_and_leaves_none(start: Start) -> None:
@@ -294,8 +293,7 @@ def test_a_host_without_descriptors_cannot_start_a_worker_and_leaves_none(start:
             refused.append(lost.__cause__.errno if isinstance(lost.__cause__, OSError) else -1)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-        left = open_descriptors() - before
-        assert not left, f"descriptors left behind: {left}, at most {most}"
+        assert not (changes := changes_since(before)), f"{changes}, at most {most}"
     assert set(refused) == {errno.EMFILE} and 5 < len(refused) < 60, f"so many starts were refused: {len(refused)}"
 
 
@@ -898,7 +896,7 @@ def test_nothing_is_left_after_many_workers(bounded: Cpu, tmp_path: Path, monkey
         engine.close()
     left = set(threading.enumerate()) - threads
     assert not left, f"threads left behind: {left}"
-    assert not open_descriptors() - before, f"descriptors left behind: {open_descriptors() - before}"
+    assert not (changes := changes_since(before)), changes
     files = [str(path) for path in tmp_path.rglob("*")]
     assert not files, f"files left behind: {files}"
 
